@@ -1,0 +1,302 @@
+"""A plan: sources, weights, and for every output tensor what happens to it. Made from headers; nothing else is read.
+
+Every error that can be foreseen surfaces here, before the first byte is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from pma import averaging, formats
+from pma.engine.blocks import Block, Policy, block_bytes_within, buffer_ratio, cut
+from pma.errors import InputError, MismatchError, UsageError, printable
+from pma.formats.contracts import CheckpointReader
+from pma.formats.safetensors import SafetensorsReader, plan_layout, shards_like
+from pma.quantities import bytes_text
+from pma.trajectory import TrajectoryPoint
+from pma.types import DType, FileIdentity, Layout, TensorSpec
+
+DEFAULT_MEMORY_BYTES = 256 * 2**20
+# interpreter, torch and what the planner itself holds; measured, see benchmarks/README.md
+_BASE_MEMORY_BYTES = 240 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """How to merge; every field is a flag of `pma plan` and `pma merge`.
+
+    `scheme`: see `averaging.scheme`. `weights`: given weights, oldest first, instead of a scheme. `dtype`: element
+    type of averaged tensors, the inputs' own by default. `exclude`, `copy`: patterns of tensor names to leave out, or to
+    take from the newest checkpoint.
+    """
+
+    scheme: str = "sma"
+    weights: tuple[float, ...] | None = None
+    dtype: DType | None = None
+    exclude: tuple[str, ...] = ()
+    copy: tuple[str, ...] = ()
+    allow_nonfinite: bool = False
+    threads: int = 2
+    memory_bytes: int = DEFAULT_MEMORY_BYTES
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype.kind != "float":
+            raise UsageError(f"--dtype {self.dtype.name}: averages can be kept as F16, BF16, F32 or F64")
+        if self.threads < 1:
+            raise UsageError(f"--threads {self.threads}: at least one is needed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One checkpoint of a plan, its weight, and its files as they were when planned."""
+
+    point: TrajectoryPoint
+    weight: float
+    files: tuple[FileIdentity, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything needed to carry out a merge. Holds open readers: close it, or use it in a `with` block."""
+
+    sources: tuple[Source, ...]
+    readers: tuple[CheckpointReader, ...]
+    options: MergeOptions
+    tensors: Mapping[str, TensorSpec]
+    policies: Mapping[str, Policy]
+    excluded: tuple[str, ...]
+    layout: Layout
+    blocks: tuple[Block, ...]
+    left_out: tuple[tuple[Path, str], ...] = ()
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return tuple(source.weight for source in self.sources)
+
+    @property
+    def newest(self) -> CheckpointReader:
+        return self.readers[-1]
+
+    @property
+    def bytes_to_write(self) -> int:
+        return sum(file.size_bytes for file in self.layout.files)
+
+    @property
+    def bytes_to_read(self) -> int:
+        averaged = sum(self.tensors[n].length_bytes for n, p in self.policies.items() if p is Policy.AVERAGE)
+        copied = sum(self.tensors[n].length_bytes for n, p in self.policies.items() if p is Policy.COPY_NEWEST)
+        return averaged * len(self.sources) + copied
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        largest = max((block.length_bytes for block in self.blocks), default=0)
+        workers = min(self.options.threads, max(len(self.blocks), 1))
+        return _BASE_MEMORY_BYTES + int(workers * largest * _worst_ratio(self.tensors, self.policies, self.layout))
+
+    def partition(self, parts: int) -> list[tuple[Block, ...]]:
+        """The blocks in `parts` runs of about equal bytes; several processes can each stream one."""
+        total = sum(block.length_bytes for block in self.blocks)
+        runs: list[list[Block]] = [[] for _ in range(parts)]
+        done = 0
+        for block in self.blocks:
+            runs[min(parts - 1, done * parts // max(total, 1))].append(block)
+            done += block.length_bytes
+        return [tuple(run) for run in runs]
+
+    def close(self) -> None:
+        """Release open files."""
+        for reader in self.readers:
+            reader.close()
+
+    def __enter__(self) -> Plan:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def describe(self) -> dict[str, Any]:
+        """What the merge would do, as plain values for a table or JSON."""
+        groups: dict[str, list[str]] = {"average": [], "copy newest": [], "excluded": list(self.excluded)}
+        for name, policy in self.policies.items():
+            groups[policy.value].append(name)
+        return {
+            "scheme": _scheme_text(self.options),
+            "sources": [_described(source) for source in self.sources],
+            "left_out": [{"path": str(path), "reason": reason} for path, reason in self.left_out],
+            "tensors": {policy: len(names) for policy, names in groups.items()},
+            "copied": groups["copy newest"],
+            "excluded": groups["excluded"],
+            "parameters": parameter_count(self.tensors),
+            "output_dtypes": sorted({spec.dtype.value[0] for spec in self.layout.tensors.values()}),
+            "output_files": [file.name for file in self.layout.files],
+            "bytes_to_read": self.bytes_to_read,
+            "bytes_to_write": self.bytes_to_write,
+            "seconds_at_1GB_per_second": round((self.bytes_to_read + self.bytes_to_write) / 1e9, 2),
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "threads": self.options.threads,
+        }
+
+
+def plan(
+    points: Sequence[TrajectoryPoint],
+    options: MergeOptions | None = None,
+    *,
+    as_given: bool = False,
+    left_out: Sequence[tuple[Path, str]] = (),
+) -> Plan:
+    """Plan the merge of `points`, oldest first.
+
+    Raises UsageError for weights that cannot be meant, InputError (MismatchError, FormatError, IncompleteError) for
+    checkpoints that do not fit together or cannot be read.
+    """
+    options = options or MergeOptions()
+    weights = _weights(points, options, as_given=as_given)
+    with ExitStack() as on_error:
+        readers = []
+        for point in points:
+            reader = formats.open_checkpoint(point.path)
+            on_error.callback(reader.close)
+            readers.append(reader)
+        newest = readers[-1]
+        tensors, excluded = _without(newest.tensors, options.exclude)
+        _check_same(readers, tensors, excluded)
+        policies = {name: _policy(spec, options.copy, newest.path) for name, spec in tensors.items()}
+        outputs = {name: _output_spec(spec, policies[name], options.dtype) for name, spec in tensors.items()}
+        assert isinstance(newest, SafetensorsReader)  # the one format so far; its layout is the newest source's
+        layout = plan_layout(outputs, shards_like(newest, outputs))
+        ratio = _worst_ratio(tensors, policies, layout)
+        block_bytes = block_bytes_within(options.memory_bytes, options.threads, ratio)
+        blocks = tuple(cut(layout, tensors, policies, block_bytes))
+        files = [reader.identities() for reader in readers]
+        on_error.pop_all()
+    return Plan(
+        sources=tuple(
+            Source(point=point, weight=weight, files=identity)
+            for point, weight, identity in zip(points, weights, files, strict=True)
+        ),
+        readers=tuple(readers),
+        options=options,
+        tensors=tensors,
+        policies=policies,
+        excluded=excluded,
+        layout=layout,
+        blocks=blocks,
+        left_out=tuple(left_out),
+    )
+
+
+def parameter_count(tensors: Mapping[str, TensorSpec]) -> int:
+    """Elements of all floating tensors."""
+    return sum(s.element_count for s in tensors.values() if s.dtype.kind not in ("integer", "boolean"))
+
+
+def is_mixture_of_experts(tensors: Mapping[str, TensorSpec]) -> bool:
+    """Whether some tensor belongs to an expert, judged by its name."""
+    return any(".experts." in name or ".experts_" in name for name in tensors)
+
+
+def _weights(points: Sequence[TrajectoryPoint], options: MergeOptions, *, as_given: bool) -> list[float]:
+    steps = [point.step for point in points]
+    if options.weights is not None:
+        if len(options.weights) != len(points):
+            raise UsageError(f"--weights gives {len(options.weights)} numbers for {len(points)} checkpoints")
+        weights_N = averaging.given(options.weights)
+    else:
+        scheme = averaging.scheme(options.scheme)
+        known = [float(step) for step in steps if step is not None]
+        # without steps the order given stands in for them, evenly spaced; that is only allowed as asked for
+        positions = known if len(known) == len(points) and not as_given else [float(i) for i in range(len(points))]
+        weights_N = scheme(positions)
+    if None in steps and not as_given and not averaging.equal(weights_N):
+        unknown = next(point.path for point in points if point.step is None)
+        raise UsageError(
+            f"{unknown} does not record its step, and {_scheme_text(options)} weighs checkpoints by their order; "
+            "say --as-given if they are named oldest first"
+        )
+    return [float(weight) for weight in weights_N]
+
+
+def _without(
+    tensors: Mapping[str, TensorSpec], patterns: Sequence[str]
+) -> tuple[dict[str, TensorSpec], tuple[str, ...]]:
+    excluded = tuple(name for name in tensors if any(fnmatchcase(name, pattern) for pattern in patterns))
+    unused = [p for p in patterns if not any(fnmatchcase(name, p) for name in tensors)]
+    if unused:
+        raise UsageError(f"--exclude {unused[0]!r} matches no tensor")
+    kept = {name: spec for name, spec in tensors.items() if name not in excluded}
+    if not kept:
+        raise UsageError("--exclude leaves no tensor to merge")
+    return kept, excluded
+
+
+def _check_same(
+    readers: Sequence[CheckpointReader], tensors: Mapping[str, TensorSpec], excluded: Sequence[str]
+) -> None:
+    """Every source holds the same tensors with the same types and shapes as the newest."""
+    newest = readers[-1]
+    for reader in readers[:-1]:
+        for name in tensors.keys() - reader.tensors.keys():
+            raise MismatchError(
+                f"{printable(name)} is in {newest.path} but missing in {reader.path}; leave that checkpoint out, "
+                "or the tensor with --exclude"
+            )
+        for name in reader.tensors.keys() - tensors.keys() - set(excluded):
+            raise MismatchError(
+                f"{printable(name)} is in {reader.path} but missing in {newest.path}, the newest; leave that "
+                "checkpoint out, or the tensor with --exclude"
+            )
+        for name, spec in tensors.items():
+            other = reader.tensors[name]
+            for what in ("shape", "dtype"):
+                found, expected = getattr(other, what), getattr(spec, what)
+                if found != expected:
+                    found, expected = (x.value[0] if isinstance(x, DType) else x for x in (found, expected))
+                    raise MismatchError(
+                        f"{printable(name)} in {reader.path}: {what} {found}, expected {expected} as in {newest.path}; "
+                        "leave that checkpoint out, or the tensor with --exclude"
+                    )
+
+
+def _policy(spec: TensorSpec, copy: Sequence[str], path: Path) -> Policy:
+    if any(fnmatchcase(spec.name, pattern) for pattern in copy):
+        return Policy.COPY_NEWEST
+    if spec.dtype.kind == "quantised":
+        raise InputError(
+            f"{printable(spec.name)} in {path} is {spec.dtype.value[0]}, a quantised type whose values mean nothing "
+            "without their scales; dequantise the checkpoints to bf16 first"
+        )
+    return Policy.AVERAGE if spec.dtype.kind in ("float", "complex") else Policy.COPY_NEWEST
+
+
+def _output_spec(spec: TensorSpec, policy: Policy, dtype: DType | None) -> TensorSpec:
+    if dtype is None or policy is not Policy.AVERAGE or spec.dtype.kind != "float":
+        return spec
+    return TensorSpec(name=spec.name, dtype=dtype, shape=spec.shape, role=spec.role, parameter=spec.parameter)
+
+
+def _worst_ratio(tensors: Mapping[str, TensorSpec], policies: Mapping[str, Policy], layout: Layout) -> float:
+    averaged = [name for name, policy in policies.items() if policy is Policy.AVERAGE]
+    return max((buffer_ratio(tensors[n].dtype, layout.tensors[n].dtype) for n in averaged), default=1.0)
+
+
+def _scheme_text(options: MergeOptions) -> str:
+    return "given weights" if options.weights is not None else options.scheme
+
+
+def _described(source: Source) -> dict[str, Any]:
+    point = source.point
+    return {
+        "path": str(point.path),
+        "step": point.step,
+        "tokens": point.tokens,
+        "tokens_source": point.meta.tokens_source,
+        "learning_rate": point.learning_rate,
+        "phase": point.phase.value,
+        "weight": source.weight,
+        "bytes": bytes_text(sum(file.size_bytes for file in source.files)),
+    }

@@ -1,0 +1,164 @@
+"""Is an output still what was written, and is what was written right? Re-hash it; re-derive blocks from the sources."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from pma.engine import provenance
+from pma.engine.blocks import Block
+from pma.engine.plan import MergeOptions, Plan, plan
+from pma.errors import FormatError, PmaError, printable
+from pma.formats.files import open_for_reading, read_exactly
+from pma.trajectory import from_checkpoints
+from pma.types import DType
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What was checked and what was found wrong. `findings` is empty where all is well."""
+
+    path: Path
+    chunks_hashed: int
+    blocks_derived: int
+    blocks_total: int
+    sources_changed: tuple[str, ...]
+    findings: tuple[str, ...]
+
+
+def verify(out: Path, *, samples: int = 16) -> Verification:
+    """Re-hash every chunk of `out`, and re-derive `samples` blocks, spread evenly, from the sources (0 for none).
+
+    Raises FormatError where `out` holds no record of ours. Sources that changed or are gone are reported, and their
+    blocks are then not derived.
+    """
+    value = provenance.load(out)
+    try:
+        findings, hashed = _rehash(out, value["outputs"])
+        changed = tuple(_changed_sources(value["sources"]))
+        derived, total = 0, 0
+        if not changed and samples:
+            with _planned_again(value) as again:
+                total = len(again.blocks)
+                chosen = _spread(again.blocks, samples)
+                derived = len(chosen)
+                findings += _derive(again, out, chosen)
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"{out / provenance.RECORD_FILE} is damaged: {printable(repr(error))}") from error
+    return Verification(
+        path=out,
+        chunks_hashed=hashed,
+        blocks_derived=derived,
+        blocks_total=total,
+        sources_changed=changed,
+        findings=tuple(findings),
+    )
+
+
+def _rehash(out: Path, outputs: Sequence[dict[str, Any]]) -> tuple[list[str], int]:
+    findings, hashed = [], 0
+    for output in outputs:
+        path = out / _plain_name(output["name"])
+        if not path.is_file():
+            findings.append(f"{path} is missing")
+            continue
+        size_bytes = path.stat().st_size
+        if size_bytes != output["size_bytes"]:
+            findings.append(f"{path} has {size_bytes} bytes, expected {output['size_bytes']}")
+            continue
+        chunk_bytes, chunks = output["chunk_bytes"], output["blake3_chunks"]
+        if provenance.root(chunks) != output["blake3_root"]:
+            findings.append(f"{path}: the digests in {provenance.RECORD_FILE} do not fit their root")
+        for number, data in enumerate(_chunks(path, size_bytes, chunk_bytes)):
+            hashed += 1
+            if blake3(data).hexdigest() != chunks[number]:
+                start = number * chunk_bytes
+                findings.append(f"{path}: bytes {start} to {start + len(data)} are not what was written")
+    return findings, hashed
+
+
+def _chunks(path: Path, size_bytes: int, chunk_bytes: int) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(chunk_bytes))
+    descriptor = open_for_reading(path)
+    try:
+        for start in range(0, size_bytes, chunk_bytes):
+            data = buffer[: min(chunk_bytes, size_bytes - start)]
+            read_exactly(descriptor, start, [data], path)
+            yield data
+    finally:
+        os.close(descriptor)
+
+
+def _changed_sources(sources: Sequence[dict[str, Any]]) -> Iterator[str]:
+    for source in sources:
+        path = Path(source["path"])
+        folder = path if path.suffix != ".safetensors" else path.parent
+        for file in source["files"]:
+            found = folder / _plain_name(file["name"])
+            if not found.is_file():
+                yield f"{found} is gone"
+            elif (found.stat().st_size, found.stat().st_mtime_ns) != (file["size_bytes"], file["mtime_ns"]):
+                yield f"{found} has changed since"
+
+
+def _planned_again(value: dict[str, Any]) -> Plan:
+    """The plan that the record describes; explicit weights stand in for the scheme that they came from."""
+    trajectory = from_checkpoints([Path(source["path"]) for source in value["sources"]], as_given=True)
+    options = MergeOptions(
+        weights=tuple(source["weight"] for source in value["sources"]),
+        dtype=DType[value["dtype"]] if value["dtype"] else None,
+        exclude=tuple(value["exclude"]),
+        copy=tuple(value["copy"]),
+        allow_nonfinite=value["allow_nonfinite"],
+    )
+    return plan(trajectory.points, options, as_given=True)
+
+
+def _derive(again: Plan, out: Path, blocks: Sequence[Block]) -> list[str]:
+    from pma.averaging.accumulate import one_torch_thread
+    from pma.engine.compute import BlockWorker
+
+    findings = []
+    with one_torch_thread():
+        worker = BlockWorker(again.readers, again.weights, allow_nonfinite=again.options.allow_nonfinite)
+        for block in blocks:
+            written = memoryview(bytearray(block.length_bytes))
+            descriptor = open_for_reading(out / block.file)
+            try:
+                read_exactly(descriptor, block.offset_bytes, [written], out / block.file)
+            except PmaError as error:
+                findings.append(str(error))
+                continue
+            finally:
+                os.close(descriptor)
+            expected = worker.make(block)
+            if written != expected:
+                findings.append(f"{out / block.file}: {_differing(block, written, expected)} is not what the sources give")
+    return findings
+
+
+def _differing(block: Block, written: memoryview, expected: memoryview) -> str:
+    """Name the first tensor of a block whose bytes differ."""
+    for span in block.spans:
+        ends = [piece.block_offset for piece in span.pieces[1:]] + [span.block_offset + span.length_bytes]
+        for piece, end in zip(span.pieces, ends, strict=True):
+            if written[piece.block_offset : end] != expected[piece.block_offset : end]:
+                return printable(piece.tensor)
+    return "the header"
+
+
+def _spread(blocks: Sequence[Block], samples: int) -> list[Block]:
+    if samples >= len(blocks):
+        return list(blocks)
+    return [blocks[i * len(blocks) // samples] for i in range(samples)]
+
+
+def _plain_name(name: str) -> str:
+    if Path(name).name != name:
+        raise FormatError(f"{printable(name)!r} in {provenance.RECORD_FILE} is not a plain file name")
+    return name

@@ -1,0 +1,72 @@
+"""Two models on the same documents: the difference of their means, and how sure it is.
+
+Documents are the unit of chance: tokens of one document are not independent. Means are over tokens (or items), so a
+mean is a ratio of sums over documents; its error comes from the documents' residuals (the linearised ratio estimator).
+"""
+
+# D documents; value_D: a document's summed nats (or right answers), count_D: its tokens (or items)
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pma.errors import InputError
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A figure with its standard error and 95% interval (Student's t over documents)."""
+
+    value: float
+    standard_error: float
+    low: float
+    high: float
+
+
+def mean_estimate(value_D: ArrayLike, count_D: ArrayLike) -> Estimate:
+    """Σ value / Σ count, with its error over documents."""
+    values, counts = np.asarray(value_D, dtype=np.float64), np.asarray(count_D, dtype=np.float64)
+    ratio = values.sum() / counts.sum()
+    residuals = (values - ratio * counts) / counts.mean()
+    return _interval(float(ratio), residuals)
+
+
+def paired_difference(value_a_D: ArrayLike, value_b_D: ArrayLike, count_D: ArrayLike) -> Estimate:
+    """Mean of a minus mean of b, over the same documents with the same counts."""
+    difference = np.asarray(value_a_D, dtype=np.float64) - np.asarray(value_b_D, dtype=np.float64)
+    return mean_estimate(difference, count_D)
+
+
+def gain_recovered(last_D: ArrayLike, merge_D: ArrayLike, annealed_D: ArrayLike, count_D: ArrayLike) -> Estimate | None:
+    """(last - merge) / (last - annealed) of mean losses; None where the denominator's interval contains 0."""
+    last, merge, annealed = (np.asarray(x, dtype=np.float64) for x in (last_D, merge_D, annealed_D))
+    denominator = paired_difference(last, annealed, count_D)
+    if denominator.low <= 0 <= denominator.high:
+        return None
+    gained, possible = last - merge, last - annealed
+    share = float(gained.sum() / possible.sum())
+    return _interval(share, (gained - share * possible) / possible.mean())
+
+
+def _interval(value: float, residuals_D: Values) -> Estimate:
+    from scipy.special import stdtrit
+
+    documents = len(residuals_D)
+    if documents < 2:
+        raise InputError("a standard error needs at least two held-out documents")
+    error = float(residuals_D.std(ddof=1) / np.sqrt(documents))
+    reach = float(stdtrit(documents - 1, 0.975)) * error
+    return Estimate(value=value, standard_error=error, low=value - reach, high=value + reach)
+
+
+def by_document(document_of: Sequence[int], values: ArrayLike, documents: int) -> tuple[Values, Values]:
+    """Sums and counts of per-item `values` over the documents they come from, shapes (D,) and (D,)."""
+    index = np.asarray(document_of)
+    sums = np.bincount(index, weights=np.asarray(values, dtype=np.float64), minlength=documents)
+    return sums, np.bincount(index, minlength=documents).astype(np.float64)

@@ -1,0 +1,55 @@
+"""What the transformers Trainer records beside a checkpoint: `trainer_state.json`, and nothing that is a pickle."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from pma.formats.strict_json import load_object
+from pma.types import CheckpointMeta, TrainingLog
+
+STATE_FILE = "trainer_state.json"
+_LARGEST_STATE_BYTES = 256 * 2**20
+
+
+def read_meta(folder: Path) -> CheckpointMeta:
+    """Step, tokens, learning rate and log of a Trainer's checkpoint; all unknown where there is no `trainer_state.json`.
+
+    The Trainer writes that file last, so a `checkpoint-N` without it is still being written. `num_input_tokens_seen`
+    stays 0 unless the Trainer was told to count, so 0 means unknown.
+    """
+    path = folder / STATE_FILE
+    if not path.is_file():
+        incomplete = None
+        if folder.name.startswith("checkpoint-"):
+            incomplete = f"{STATE_FILE} is not there yet, and the Trainer writes it last"
+        return CheckpointMeta(incomplete=incomplete)
+    state = load_object(path, _LARGEST_STATE_BYTES)
+    step = _count(state.get("global_step"))
+    tokens = _count(state.get("num_input_tokens_seen")) or None
+    history = state.get("log_history")
+    log = _log(history if isinstance(history, list) else [])
+    return CheckpointMeta(
+        step=step,
+        tokens=tokens,
+        tokens_source=f"num_input_tokens_seen in {STATE_FILE}" if tokens else None,
+        learning_rate=log.learning_rates[-1][1] if log.learning_rates else None,
+        log=log,
+    )
+
+
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def _log(history: list[Any]) -> TrainingLog:
+    entries = [e for e in history if isinstance(e, dict) and _count(e.get("step")) is not None]
+    series: dict[str, list[tuple[int, float]]] = {"learning_rate": [], "loss": []}
+    for entry in entries:
+        for key, points in series.items():
+            value = entry.get(key)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                points.append((entry["step"], float(value)))
+    rates = [(step, rate) for step, rate in series["learning_rate"] if math.isfinite(rate)]
+    return TrainingLog(learning_rates=tuple(rates), losses=tuple(series["loss"]))

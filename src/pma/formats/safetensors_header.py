@@ -1,0 +1,138 @@
+"""The header of a safetensors file: parsed strictly, because a checkpoint is untrusted input; and written.
+
+Layout: 8 bytes little-endian header length, a JSON object (name -> dtype, shape, data_offsets; optional `__metadata__`),
+then the tensors' bytes with no hole between them. Source: safetensors 0.8, format specification.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from pma.errors import FormatError, IncompleteError, printable
+from pma.formats.files import open_for_reading, read_exactly
+from pma.formats.strict_json import parse_object
+from pma.types import DType, TensorSpec
+
+# the library itself allows 100 MB; a header of 100,000 tensors has about 12
+LARGEST_HEADER_BYTES = 32 * 2**20
+_DTYPES = {dtype.value[0]: dtype for dtype in DType}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """A parsed header: tensors in order of their bytes, each with its offset in the file."""
+
+    tensors: Mapping[str, TensorSpec]
+    offsets_bytes: Mapping[str, int]
+    metadata: Mapping[str, str]
+    file_bytes: int
+    digest: str
+
+
+def read_header(path: Path) -> Header:
+    """Parse and check the header of `path`; reads nothing else. Raises FormatError or IncompleteError."""
+    descriptor = open_for_reading(path)
+    try:
+        file_bytes = os.fstat(descriptor).st_size
+        if file_bytes < 8:
+            raise IncompleteError(f"{path} has {file_bytes} bytes; a safetensors file has at least 8. It was cut short")
+        length_field = bytearray(8)
+        read_exactly(descriptor, 0, [memoryview(length_field)], path)
+        header_bytes = int.from_bytes(length_field, "little")
+        if header_bytes > LARGEST_HEADER_BYTES:
+            raise FormatError(
+                f"{path}: a header of {header_bytes} bytes is announced, at most {LARGEST_HEADER_BYTES} is read; "
+                "this is no safetensors file, or a damaged one"
+            )
+        if 8 + header_bytes > file_bytes:
+            raise IncompleteError(
+                f"{path}: the header should end at byte {8 + header_bytes}, the file at {file_bytes}. It was cut short"
+            )
+        text = bytearray(header_bytes)
+        read_exactly(descriptor, 8, [memoryview(text)], path)
+    finally:
+        os.close(descriptor)
+    return _checked(path, bytes(text), file_bytes)
+
+
+def _checked(path: Path, text: bytes, file_bytes: int) -> Header:
+    if not text.startswith(b"{"):
+        raise FormatError(f"{path}: the header does not start with '{{'; this is no safetensors file")
+    entries = parse_object(text, f"{path}: the header")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError(f"{path}: __metadata__ must map names to strings")
+    spans = [(*_entry(path, name, entry), name) for name, entry in entries.items()]
+    spans.sort(key=lambda span: (span[1], span[2]))
+    data_start = 8 + len(text)
+    position = 0
+    for spec, start, stop, _ in spans:
+        if start != position:
+            kind = "overlaps the tensor before it" if start < position else "leaves a hole before it"
+            raise FormatError(
+                f"{path}: {printable(spec.name)} {kind}: it starts at byte {start} of the data, expected {position}"
+            )
+        position = stop
+    expected_bytes = data_start + position
+    if file_bytes < expected_bytes:
+        raise IncompleteError(f"{path} has {file_bytes} bytes, its header promises {expected_bytes}. It was cut short")
+    if file_bytes > expected_bytes:
+        raise FormatError(f"{path} has {file_bytes - expected_bytes} bytes that no tensor owns after the last tensor")
+    return Header(
+        tensors={name: spec for spec, _, _, name in spans},
+        offsets_bytes={name: data_start + start for _, start, _, name in spans},
+        metadata=metadata,
+        file_bytes=file_bytes,
+        digest=blake3(text).hexdigest(),
+    )
+
+
+def _entry(path: Path, name: str, entry: object) -> tuple[TensorSpec, int, int]:
+    where = f"{path}: {printable(name)}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise FormatError(f"{where}: expected exactly dtype, shape and data_offsets")
+    dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise FormatError(f"{where}: dtype {printable(str(entry['dtype']))} is not in the safetensors specification")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not _naturals(shape) or len(shape) > 64:
+        raise FormatError(f"{where}: shape {printable(str(shape))} is not a list of non-negative integers")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise FormatError(f"{where}: data_offsets {printable(str(offsets))} are not a start and an end")
+    bits = math.prod(shape) * dtype.bits
+    if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
+        raise FormatError(
+            f"{where}: {dtype.value[0]} of shape {printable(str(tuple(shape)))} takes {bits / 8:g} bytes, "
+            f"its offsets span {offsets[1] - offsets[0]}"
+        )
+    return TensorSpec(name=name, dtype=dtype, shape=tuple(shape)), offsets[0], offsets[1]
+
+
+def _naturals(value: object) -> bool:
+    # type() and not isinstance(): JSON's true is an int to Python; 2**63 bounds what any file system can hold
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def encode_header(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """Length field and header for `tensors` stored one after the other, padded so that the data are 8-byte aligned."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for spec in tensors:
+        stop = position + spec.length_bytes
+        entries[spec.name] = {
+            "dtype": spec.dtype.value[0],
+            "shape": list(spec.shape),
+            "data_offsets": [position, stop],
+        }
+        position = stop
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,167 @@
+"""The folder of a run: what was asked for, the prepared text, and which checkpoint to go on from.
+
+    run.json           recipe, text and fork, as asked for
+    text/              tokenizer, token ids, validation.txt, held_out.txt
+    checkpoint-N/      as the transformers Trainer writes them
+    tensorboard/       event files
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pma.errors import InputError, UsageError
+from pma.evaluation import write_documents
+from pma.formats.strict_json import load_object
+from pma.pretraining.corpus import load_corpus
+from pma.pretraining.recipe import Recipe, from_tables
+from pma.pretraining.tokens import encode_documents, save_json, save_tokens, train_tokenizer
+from pma.trajectory import discover
+
+RECORD_FILE = "run.json"
+TEXT_FOLDER = "text"
+HELD_OUT_FILE = "held_out.txt"
+VALIDATION_FILE = "validation.txt"
+TOKENS_FILE = "tokens.npy"
+_LARGEST_RECORD_BYTES = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fork:
+    """A decay that starts from a checkpoint of another run: its shape, where it starts, how long it is."""
+
+    checkpoint: Path
+    start_step: int
+    anneal: str
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What `run.json` says."""
+
+    recipe: Recipe
+    text: tuple[str, ...]
+    fork: Fork | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `run.json`."""
+        fork = None
+        if self.fork is not None:
+            fork = {**self.fork.__dict__, "checkpoint": str(self.fork.checkpoint)}
+        return {"pma_run": 1, "recipe": self.recipe.to_json(), "text": list(self.text), "fork": fork}
+
+
+def read_record(folder: Path) -> RunRecord:
+    """Read `run.json`. Raises InputError where the folder is not a run of `pma pretrain`."""
+    path = folder / RECORD_FILE
+    if not path.is_file():
+        raise InputError(f"{folder} holds no {RECORD_FILE}; expected a run that `pma pretrain` made")
+    value = load_object(path, _LARGEST_RECORD_BYTES)
+    fork = value.get("fork")
+    return RunRecord(
+        recipe=from_tables(value["recipe"], str(path)),
+        text=tuple(value["text"]),
+        fork=Fork(**{**fork, "checkpoint": Path(fork["checkpoint"])}) if fork else None,
+    )
+
+
+def enter(folder: Path, asked: RunRecord) -> None:
+    """Make the folder and its record, or check that it is the same run. More tokens than before is the same run, longer.
+
+    Raises UsageError where the folder holds something else.
+    """
+    if not (folder / RECORD_FILE).is_file():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UsageError(f"{folder} exists and is not a run of `pma pretrain`; choose another output")
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        before = read_record(folder)
+        same_length = replace(before.recipe, run=replace(before.recipe.run, tokens=asked.recipe.run.tokens))
+        if replace(before, recipe=same_length) != asked:
+            raise UsageError(
+                f"{folder} holds a run of another recipe, text, seed or fork ({_difference(before, asked)}); "
+                "choose another output"
+            )
+    save_json(folder / RECORD_FILE, asked.to_json())
+
+
+def _difference(before: RunRecord, asked: RunRecord) -> str:
+    flat_before, flat_asked = _flat(before.to_json()), _flat(asked.to_json())
+    changed = [key for key in flat_asked | flat_before if flat_asked.get(key) != flat_before.get(key)]
+    key = next((key for key in changed if key != "recipe.run.tokens"), "tokens")
+    return f"{key}: {flat_before.get(key)} there, {flat_asked.get(key)} asked for"
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    items = [_flat(inner, f"{prefix}.{key}" if prefix else key) for key, inner in value.items()]
+    return {key: inner for item in items for key, inner in item.items()}
+
+
+def prepare_text(folder: Path, recipe: Recipe, text: Sequence[str]) -> Path:
+    """Split, deduplicate and tokenize the text once; later calls find it. Returns the text folder."""
+    target = folder / TEXT_FOLDER
+    if target.is_dir():
+        return target
+    corpus = load_corpus([Path(path) for path in text])
+    partial = folder / f".{TEXT_FOLDER}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    tokenizer = train_tokenizer(corpus.training, recipe.text.vocabulary_tokens)
+    tokenizer.save_pretrained(partial)
+    tokens = encode_documents(tokenizer, corpus.training)
+    save_tokens(partial / TOKENS_FILE, tokens)
+    write_documents(partial / HELD_OUT_FILE, corpus.held_out)
+    write_documents(partial / VALIDATION_FILE, corpus.validation)
+    summary = {
+        "source": corpus.source,
+        "near_duplicates_dropped": corpus.dropped,
+        "documents": {
+            "training": len(corpus.training),
+            "validation": len(corpus.validation),
+            "held_out": len(corpus.held_out),
+        },
+        "training_tokens": len(tokens),
+    }
+    save_json(partial / "text.json", summary)
+    partial.rename(target)
+    return target
+
+
+def borrow_text(folder: Path, trunk: Path) -> Path:
+    """Give a fork the trunk's prepared text, by hard links where the file system has them."""
+    target, source = folder / TEXT_FOLDER, trunk / TEXT_FOLDER
+    if target.is_dir():
+        return target
+    if not source.is_dir():
+        raise InputError(f"{source} is missing; the run forked from has lost its prepared text")
+    partial = folder / f".{TEXT_FOLDER}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial, copy_function=_link_or_copy)
+    partial.rename(target)
+    return target
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
+    """The newest complete checkpoint of the run and its step; None where there is none yet."""
+    if not any(folder.glob("checkpoint-*")):
+        return None
+    try:
+        newest = discover([folder]).points[-1]
+    except InputError:
+        return None  # all there is, is incomplete
+    return (newest.path, newest.step) if newest.step is not None else None

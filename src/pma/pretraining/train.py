@@ -1,0 +1,195 @@
+"""The reference pre-training: a recipe under the transformers Trainer, warmup then constant, a decay only in a fork."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pma.errors import Interrupted, MissingExtra, UsageError
+from pma.evaluation.quiet import quiet_transformers
+from pma.formats import hf_trainer
+from pma.pretraining import run_folder
+from pma.pretraining.recipe import ANNEALS, Recipe
+from pma.pretraining.run_folder import TOKENS_FILE, Fork, RunRecord
+from pma.pretraining.tokens import PackedSequences, load_tokens
+
+# called with (step, last step, newest logged loss or None)
+Progress = Callable[[int, int, float | None], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretraining:
+    """A finished call: the newest checkpoint, its step and tokens, and what this call added."""
+
+    run: Path
+    checkpoint: Path
+    step: int
+    tokens: int
+    steps_added: int
+    resumed_from: int
+    seconds: float
+
+
+def pretrain(recipe: Recipe, out: Path, *, text: Sequence[str] = (), progress: Progress | None = None) -> Pretraining:
+    """Train `recipe` into the run folder `out`, going on from its newest complete checkpoint if there is one.
+
+    Raises UsageError where `out` holds another run, Interrupted when stopped (the same call goes on).
+    """
+    record = RunRecord(recipe=recipe, text=tuple(str(Path(path).resolve()) for path in text))
+    run_folder.enter(out, record)
+    run_folder.prepare_text(out, recipe, record.text)
+    return _train(out, record, recipe.steps_for(recipe.run.tokens), run_folder.newest_checkpoint(out), progress)
+
+
+def fork(
+    checkpoint: Path,
+    out: Path,
+    *,
+    anneal: str,
+    tokens: int,
+    seed: int | None = None,
+    progress: Progress | None = None,
+) -> Pretraining:
+    """Anneal from `checkpoint` of a run of ours for `tokens` more, by `anneal`, into the run folder `out`.
+
+    The data go on where the checkpoint's run would have gone on; another `seed` gives them another order.
+    """
+    if anneal not in ANNEALS:
+        raise UsageError(f"--anneal {anneal}: expected one of {', '.join(ANNEALS)}")
+    trunk = run_folder.read_record(checkpoint.parent)
+    start_step = hf_trainer.read_meta(checkpoint).step
+    if trunk.fork is not None:
+        raise UsageError(f"{checkpoint} is of a run that is annealed already; fork from its trunk, {trunk.fork.checkpoint}")
+    if start_step is None or start_step < trunk.recipe.optimizer.warmup_steps:
+        raise UsageError(
+            f"{checkpoint} is no complete checkpoint after the warmup of {trunk.recipe.optimizer.warmup_steps} steps; "
+            "fork from a later one"
+        )
+    recipe = trunk.recipe
+    steps = start_step + recipe.steps_for(tokens)
+    run = replace(recipe.run, tokens=steps * recipe.tokens_a_step, seed=recipe.run.seed if seed is None else seed)
+    made = Fork(checkpoint=checkpoint.resolve(), start_step=start_step, anneal=anneal, tokens=tokens)
+    record = RunRecord(recipe=replace(recipe, run=run), text=trunk.text, fork=made)
+    run_folder.enter(out, record)
+    run_folder.borrow_text(out, checkpoint.parent)
+    newest = run_folder.newest_checkpoint(out) or (checkpoint, start_step)
+    return _train(out, record, steps, newest, progress)
+
+
+def _train(
+    out: Path, record: RunRecord, steps: int, newest: tuple[Path, int] | None, progress: Progress | None
+) -> Pretraining:
+    started = time.monotonic()
+    resumed_from = newest[1] if newest else 0
+    if resumed_from < steps:
+        trainer = _trainer(out, record, steps, progress)
+        try:
+            trainer.train(resume_from_checkpoint=str(newest[0]) if newest else None)
+        except KeyboardInterrupt:
+            raise Interrupted(f"pre-training stopped; the same command goes on from the newest checkpoint in {out}") from None
+    path, step = run_folder.newest_checkpoint(out) or (newest or (out, 0))
+    return Pretraining(
+        run=out,
+        checkpoint=path,
+        step=step,
+        tokens=step * record.recipe.tokens_a_step,
+        steps_added=max(0, steps - resumed_from),
+        resumed_from=resumed_from,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _trainer(out: Path, record: RunRecord, steps: int, progress: Progress | None) -> Any:
+    try:
+        import transformers
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, default_data_collator
+        from transformers.trainer_callback import PrinterCallback
+
+        from pma.pretraining.callbacks import SaveEveryTokens, ShowProgress
+    except ImportError as error:
+        raise MissingExtra("pre-training", "train", str(error.name)) from error
+    quiet_transformers()
+    recipe = record.recipe
+    text = out / run_folder.TEXT_FOLDER
+    tokenizer = AutoTokenizer.from_pretrained(text, local_files_only=True)
+    model_settings = dict(recipe.model)
+    config = AutoConfig.for_model(
+        model_settings.pop("model_type"),
+        **model_settings,
+        vocab_size=recipe.text.vocabulary_tokens,
+        max_position_embeddings=recipe.text.context_tokens,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+        use_cache=False,
+    )
+    transformers.set_seed(recipe.run.seed)
+    model = AutoModelForCausalLM.from_config(config)
+    data = PackedSequences(
+        load_tokens(text / TOKENS_FILE),
+        context_tokens=recipe.text.context_tokens,
+        count=steps * recipe.run.batch_sequences,
+        seed=recipe.run.seed,
+    )
+    callbacks: list[Any] = [SaveEveryTokens(recipe.run.checkpoint_every_tokens, recipe.tokens_a_step, steps)]
+    if progress is not None:
+        callbacks.append(ShowProgress(progress, steps))
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "tensorboard")
+    trainer = Trainer(
+        model=model,
+        args=_arguments(out, record, steps),
+        train_dataset=data,
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)  # it prints on stdout, which is for results
+    return trainer
+
+
+def _arguments(out: Path, record: RunRecord, steps: int) -> Any:
+    import torch
+    from transformers import TrainingArguments
+
+    recipe, optimizer = record.recipe, record.recipe.optimizer
+    micro = recipe.run.micro_batch_sequences or recipe.run.batch_sequences
+    schedule: dict[str, Any] = {"lr_scheduler_type": "constant_with_warmup"}
+    if record.fork is not None:
+        # the same curve as the trunk's up to the fork, so the trunk's scheduler state stays valid
+        schedule = {
+            "lr_scheduler_type": "warmup_stable_decay",
+            "lr_scheduler_kwargs": {
+                "num_stable_steps": record.fork.start_step - optimizer.warmup_steps,
+                "num_decay_steps": steps - record.fork.start_step,
+                "decay_type": record.fork.anneal,
+                "warmup_type": "linear",
+            },
+        }
+    return TrainingArguments(
+        output_dir=str(out),
+        max_steps=steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=recipe.run.batch_sequences // micro,
+        train_sampling_strategy="sequential",
+        learning_rate=optimizer.learning_rate,
+        warmup_steps=optimizer.warmup_steps,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        weight_decay=optimizer.weight_decay,
+        max_grad_norm=optimizer.gradient_clip,
+        bf16=recipe.run.precision == "bfloat16",
+        include_num_input_tokens_seen="all",
+        save_strategy="no",
+        logging_steps=recipe.run.log_every_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # a loss that is not a number is shown as it is
+        report_to=["tensorboard"],
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=recipe.run.seed,
+        **schedule,
+    )

@@ -1,0 +1,19 @@
+"""Which checkpoint of a run is what: steps, tokens, learning rates, phases, and the windows to average over."""
+
+from pma.trajectory.discover import Trajectory, TrajectoryPoint, discover, from_checkpoints, resolve
+from pma.trajectory.phases import Phase
+from pma.trajectory.presets import Preset, preset
+from pma.trajectory.window import Window, select
+
+__all__ = [
+    "Phase",
+    "Preset",
+    "Trajectory",
+    "TrajectoryPoint",
+    "Window",
+    "discover",
+    "from_checkpoints",
+    "preset",
+    "resolve",
+    "select",
+]

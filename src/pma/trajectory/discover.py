@@ -1,0 +1,202 @@
+"""The checkpoints of a run in order, from metadata alone; several roots; restarts followed along the surviving lineage."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pma import formats
+from pma.errors import InputError, UsageError
+from pma.formats import hf_trainer
+from pma.trajectory.phases import Phase, phase_at
+from pma.types import CheckpointMeta, TrainingLog
+
+_TRAINER_FOLDER = re.compile(r"checkpoint-(\d+)", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrajectoryPoint:
+    """One checkpoint of a trajectory. `step` and `tokens` are None where no record says them."""
+
+    path: Path
+    meta: CheckpointMeta
+    phase: Phase
+
+    @property
+    def step(self) -> int | None:
+        return self.meta.step
+
+    @property
+    def tokens(self) -> int | None:
+        return self.meta.tokens
+
+    @property
+    def learning_rate(self) -> float | None:
+        return self.meta.learning_rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """The checkpoints of one run, ordered by step; `left_out` says which were found and not taken, and why."""
+
+    points: tuple[TrajectoryPoint, ...]
+    left_out: tuple[tuple[Path, str], ...] = ()
+    as_given: bool = False
+
+    @property
+    def log(self) -> TrainingLog:
+        """Losses and learning rates as the newest checkpoint's lineage logged them."""
+        return self.points[-1].meta.log if self.points else TrainingLog()
+
+
+def discover(roots: Sequence[Path]) -> Trajectory:
+    """List the checkpoints below `roots` (scratch and archive, say) as one trajectory.
+
+    Raises InputError where a root is missing, is a file, or holds no checkpoint.
+    """
+    found: list[tuple[Path, CheckpointMeta]] = []
+    left_out: list[tuple[Path, str]] = []
+    for root in roots:
+        for path in _checkpoint_folders(root):
+            meta = _meta(path)
+            if meta.incomplete:
+                left_out.append((path, f"incomplete: {meta.incomplete}"))
+            else:
+                found.append((path, meta))
+    kept, dropped = _surviving_lineage(found)
+    where = ", ".join(map(str, roots))
+    if not kept:
+        reasons = "".join(f"\n  {path.name}: {why}" for path, why in left_out[:5])
+        raise InputError(f"{where} holds no complete checkpoint yet.{reasons}")
+    return Trajectory(points=_points(kept), left_out=tuple(left_out + dropped))
+
+
+def resolve(paths: Sequence[Path], *, as_given: bool = False) -> Trajectory:
+    """What the command line names: either runs (folders of checkpoints) or checkpoints, one by one."""
+    named = [path for path in paths if _is_checkpoint(path)]
+    if not named:
+        if as_given:
+            raise UsageError("--as-given orders checkpoints as they are named; name them one by one instead of a run")
+        return discover(paths)
+    if len(named) < len(paths):
+        other = next(path for path in paths if path not in named)
+        if not other.exists() or not any(other.iterdir() if other.is_dir() else ()):
+            raise InputError(f"{other} is not a checkpoint: it is missing or empty")
+        raise UsageError(f"{named[0]} is a checkpoint and {other} is not; give runs, or checkpoints, not both")
+    return from_checkpoints(paths, as_given=as_given)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.exists() and (bool(_TRAINER_FOLDER.fullmatch(path.name)) or formats.is_checkpoint(path))
+
+
+def from_checkpoints(paths: Sequence[Path], *, as_given: bool = False) -> Trajectory:
+    """A trajectory of checkpoints named one by one: ordered by step, or `as_given`.
+
+    Raises UsageError where a path or step occurs twice, and InputError where one is not complete.
+    """
+    found = []
+    for path in paths:
+        meta = _meta(path)
+        if meta.incomplete:
+            raise InputError(f"{path} is not complete: {meta.incomplete}. Wait for it, or leave it out")
+        found.append((path, meta))
+    real = [path.resolve() for path, _ in found]
+    for index, path in enumerate(real):
+        if path in real[:index]:
+            raise UsageError(f"{path} is given twice; name every checkpoint once")
+    if not as_given:
+        found = _ordered_by_step(found)
+    return Trajectory(points=_points(found), as_given=as_given)
+
+
+def _ordered_by_step(found: list[tuple[Path, CheckpointMeta]]) -> list[tuple[Path, CheckpointMeta]]:
+    steps = [meta.step for _, meta in found]
+    if any(step is None for step in steps):
+        return found  # weights that depend on the order are refused later, where the scheme is known
+    for index, step in enumerate(steps):
+        if step in steps[:index]:
+            raise UsageError(
+                f"{found[steps.index(step)][0]} and {found[index][0]} are both step {step}; "
+                "checkpoints of one run have different steps. To average them all the same, say --as-given"
+            )
+    return sorted(found, key=lambda item: item[1].step or 0)
+
+
+def _points(found: Sequence[tuple[Path, CheckpointMeta]]) -> tuple[TrajectoryPoint, ...]:
+    """Phases come from each checkpoint's own log, completed by the newest's, which may have seen what came next."""
+    newest = found[-1][1].log.learning_rates
+    points = []
+    for path, meta in found:
+        own = meta.log.learning_rates
+        rates = own if len(own) > 1 else newest
+        phase = phase_at(meta.step, rates) if meta.step is not None else Phase.UNKNOWN
+        points.append(TrajectoryPoint(path=path, meta=meta, phase=phase))
+    return tuple(points)
+
+
+def _checkpoint_folders(root: Path) -> Iterator[Path]:
+    if not root.exists():
+        raise InputError(f"{root} does not exist; expected a run: a folder with checkpoint-N folders in it")
+    if not root.is_dir():
+        raise InputError(f"{root} is a file; expected a run: a folder with checkpoint-N folders in it")
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    # a folder named like the Trainer's is a checkpoint even before it holds anything: it is being written
+    checkpoints = [path for path in folders if _TRAINER_FOLDER.fullmatch(path.name)]
+    if not checkpoints:
+        checkpoints = [path for path in folders if (path / hf_trainer.STATE_FILE).is_file()]
+    if not checkpoints:
+        inside = ", ".join(path.name for path in folders[:5]) or "no folder at all"
+        raise InputError(
+            f"{root} holds no checkpoint: looked for folders named checkpoint-N, found {inside}. "
+            "Give the folder that your trainer saves into, or name checkpoints one by one"
+        )
+    yield from checkpoints
+
+
+def _meta(path: Path) -> CheckpointMeta:
+    if not path.exists():
+        raise InputError(f"{path} does not exist; expected a checkpoint")
+    if path.is_dir() and _TRAINER_FOLDER.fullmatch(path.name) and not formats.is_checkpoint(path):
+        return CheckpointMeta(incomplete="no weights are there yet")
+    if path.is_dir():
+        return hf_trainer.read_meta(path)
+    return CheckpointMeta()
+
+
+def _surviving_lineage(
+    found: list[tuple[Path, CheckpointMeta]],
+) -> tuple[list[tuple[Path, CheckpointMeta]], list[tuple[Path, str]]]:
+    """Drop what a restart left behind: checkpoints whose log the newest one's log contradicts.
+
+    The Trainer keeps its whole history in each checkpoint, so a checkpoint belongs to the newest one's lineage if
+    their logs agree. Where logs cannot tell, the later written of two checkpoints of one step survives.
+    """
+    if not found:
+        return [], []
+    ordered = sorted(found, key=lambda item: (item[1].step or 0, _written_ns(item[0])))
+    newest_path, newest = ordered[-1]
+    kept: dict[int | Path, tuple[Path, CheckpointMeta]] = {}
+    dropped: list[tuple[Path, str]] = []
+    for path, meta in ordered:
+        if path is not newest_path and _contradicts(meta.log, newest.log):
+            dropped.append((path, f"step {meta.step} of a lineage that was restarted; {newest_path} goes back to another"))
+            continue
+        key = path if meta.step is None else meta.step
+        if key in kept:
+            dropped.append((kept[key][0], f"step {meta.step} occurs again, later written, as {path}"))
+        kept[key] = (path, meta)
+    return list(kept.values()), dropped
+
+
+def _contradicts(log: TrainingLog, newest: TrainingLog) -> bool:
+    mine, theirs = dict(log.losses), dict(newest.losses)
+    # compared as text, so that NaN equals NaN
+    return any(str(mine[step]) != str(theirs[step]) for step in mine.keys() & theirs.keys())
+
+
+def _written_ns(path: Path) -> int:
+    state = path / hf_trainer.STATE_FILE
+    return (state if state.is_file() else path).stat().st_mtime_ns
