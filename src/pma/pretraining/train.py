@@ -159,11 +159,10 @@ def _arguments(out: Path, record: RunRecord, steps: int) -> Any:
     micro = recipe.run.micro_batch_sequences or recipe.run.batch_sequences
     schedule: dict[str, Any] = {"lr_scheduler_type": "constant_with_warmup"}
     if record.fork is not None:
-        # the same curve as the trunk's up to the fork, so the trunk's scheduler state stays valid
+        # stable until the fork: the same curve as the trunk's, so the trunk's scheduler state stays valid
         schedule = {
             "lr_scheduler_type": "warmup_stable_decay",
             "lr_scheduler_kwargs": {
-                "num_stable_steps": record.fork.start_step - optimizer.warmup_steps,
                 "num_decay_steps": steps - record.fork.start_step,
                 "decay_type": record.fork.anneal,
                 "warmup_type": "linear",

@@ -3,7 +3,7 @@
 from pma.trajectory.discover import Trajectory, TrajectoryPoint, discover, from_checkpoints, resolve
 from pma.trajectory.phases import Phase
 from pma.trajectory.presets import Preset, preset
-from pma.trajectory.window import Window, select
+from pma.trajectory.window import Window, of_one_phase, select
 
 __all__ = [
     "Phase",
@@ -13,6 +13,7 @@ __all__ = [
     "Window",
     "discover",
     "from_checkpoints",
+    "of_one_phase",
     "preset",
     "resolve",
     "select",

@@ -25,13 +25,11 @@ class Window:
             raise UsageError(f"--last {self.last}: a window has at least one checkpoint")
 
 
-def select(trajectory: Trajectory, window: Window | None) -> tuple[TrajectoryPoint, ...]:
-    """The window's checkpoints, oldest first; all of the trajectory where `window` is None.
+def select(trajectory: Trajectory, window: Window) -> tuple[TrajectoryPoint, ...]:
+    """The window's checkpoints, oldest first.
 
     Raises UsageError, listing the checkpoints there are, where the window does not exist or crosses phases.
     """
-    if window is None:
-        return _of_one_phase(trajectory.points, allow_mixed=False)
     candidates = _up_to(trajectory.points, window.at)
     if window.every is None:
         if len(candidates) < window.last:
@@ -42,7 +40,7 @@ def select(trajectory: Trajectory, window: Window | None) -> tuple[TrajectoryPoi
         chosen = candidates[-window.last :]
     else:
         chosen = _spaced(candidates, window.last, window.every)
-    return _of_one_phase(chosen, allow_mixed=window.allow_mixed_phases)
+    return of_one_phase(chosen, allow_mixed=window.allow_mixed_phases)
 
 
 def _up_to(points: Sequence[TrajectoryPoint], at: int | None) -> Sequence[TrajectoryPoint]:
@@ -79,8 +77,8 @@ def _position(point: TrajectoryPoint, every: Steps | Tokens) -> int:
     return value
 
 
-def _of_one_phase(points: Sequence[TrajectoryPoint], *, allow_mixed: bool) -> tuple[TrajectoryPoint, ...]:
-    """Refuse to average across warmup, a change of the constant rate, or the start of a decay."""
+def of_one_phase(points: Sequence[TrajectoryPoint], *, allow_mixed: bool) -> tuple[TrajectoryPoint, ...]:
+    """`points`, unless they cross warmup, a change of the constant rate or the start of a decay: then UsageError."""
     known = [point for point in points if point.phase is not Phase.UNKNOWN]
     kinds = {(p.phase, p.learning_rate if p.phase is Phase.STABLE else None) for p in known}
     if len(kinds) > 1 and not allow_mixed:

@@ -1,0 +1,313 @@
+"""`pma inspect`, `pma plan`, `pma merge`, `pma verify`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pma import engine, formats, trajectory, verbs
+from pma.cli import options as flags
+from pma.cli.output import command, note, progress, say, table
+from pma.engine import Plan
+from pma.errors import printable
+from pma.quantities import bytes_text, count_text
+from pma.trajectory import Trajectory
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to `app`."""
+    app.command("inspect", help=INSPECT)(command(inspect))
+    app.command("plan", help=PLAN)(command(plan))
+    app.command("merge", help=MERGE)(command(merge))
+    app.command("verify", help=VERIFY)(command(verify))
+
+
+INSPECT = """What a run or checkpoint is: format, steps, tokens, lr, phases; tensors, parameters, types.
+
+Example: pma inspect runs/7b"""
+
+PLAN = """What a merge would do, without reading a tensor: sources, weights, tensors by policy, bytes, memory.
+
+Without --last it suggests and uses the paper's window for the model's size.
+
+Example: pma plan runs/7b --last 10 --every 8B --scheme wma"""
+
+MERGE = """Average checkpoints into a new checkpoint. Nothing is overwritten; what is interrupted never looks complete.
+
+Example: pma merge runs/7b -o merged --last 10 --every 8B"""
+
+VERIFY = """Is a merge still what was written, and right? Hashes it again, and derives sampled blocks from the sources.
+
+Example: pma verify merged"""
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A run or a checkpoint.", show_default=False)],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    json_output: flags.Json = False,
+) -> dict[str, Any]:
+    if path.is_dir() and not formats.is_checkpoint(path) and not path.name.startswith("checkpoint-"):
+        return _inspect_run(trajectory.discover([path]), path, quiet=json_output)
+    with closing(formats.open_checkpoint(path)) as reader:
+        meta = reader.meta
+        dtypes = {name: sum(spec.dtype.name == name for spec in reader.tensors.values()) for name in _dtype_names(reader)}
+        result: dict[str, Any] = {
+            "path": str(path),
+            "real_path": str(path.resolve()),
+            "format": reader.format,
+            "step": meta.step,
+            "tokens": meta.tokens,
+            "tokens_source": meta.tokens_source,
+            "learning_rate": meta.learning_rate,
+            "complete": meta.incomplete is None,
+            "incomplete_because": meta.incomplete,
+            "parameters": engine.parameter_count(reader.tensors),
+            "mixture_of_experts": engine.is_mixture_of_experts(reader.tensors),
+            "bytes": sum(identity.size_bytes for identity in reader.identities()),
+            "files": [identity.name for identity in reader.identities()],
+            "dtypes": dtypes,
+            "tensors": [
+                {"name": spec.name, "dtype": spec.dtype.name, "shape": list(spec.shape)}
+                for spec in reader.tensors.values()
+            ],
+        }
+    if not json_output:
+        _show_checkpoint(result, list_tensors=tensors)
+    return result
+
+
+def _dtype_names(reader: formats.CheckpointReader) -> list[str]:
+    return sorted({spec.dtype.name for spec in reader.tensors.values()})
+
+
+def _show_checkpoint(result: dict[str, Any], *, list_tensors: bool) -> None:
+    tokens = f"{count_text(result['tokens'])} ({result['tokens_source']})" if result["tokens"] else "unknown"
+    say(f"{result['real_path']}")
+    say(f"  format      {result['format']}, {len(result['files'])} files, {bytes_text(result['bytes'])}")
+    say(f"  complete    {'yes' if result['complete'] else 'no: ' + result['incomplete_because']}")
+    say(f"  step        {_or_unknown(result['step'])}")
+    say(f"  tokens      {tokens}")
+    say(f"  lr          {_or_unknown(result['learning_rate'])}")
+    kind = "mixture of experts" if result["mixture_of_experts"] else "dense"
+    say(f"  parameters  {count_text(result['parameters'])}, {kind}")
+    say(f"  tensors     {len(result['tensors'])}: " + ", ".join(f"{n} {d}" for d, n in result["dtypes"].items()))
+    if list_tensors:
+        rows = [(printable(t["name"]), t["dtype"], str(tuple(t["shape"]))) for t in result["tensors"]]
+        table(("tensor", "dtype", "shape"), rows)
+
+
+def _inspect_run(found: Trajectory, path: Path, *, quiet: bool) -> dict[str, Any]:
+    points = [
+        {
+            "path": str(point.path),
+            "step": point.step,
+            "tokens": point.tokens,
+            "tokens_source": point.meta.tokens_source,
+            "learning_rate": point.learning_rate,
+            "phase": point.phase.value,
+        }
+        for point in found.points
+    ]
+    left_out = [{"path": str(where), "reason": reason} for where, reason in found.left_out]
+    if not quiet:
+        rows = [
+            (
+                point.path.name,
+                _or_unknown(point.step),
+                count_text(point.tokens) if point.tokens else "unknown",
+                _or_unknown(point.learning_rate),
+                point.phase.value,
+            )
+            for point in found.points
+        ]
+        table(("checkpoint", "step", "tokens", "lr", "phase"), rows, title=str(path))
+        for entry in left_out:
+            note(f"left out: {entry['path']}: {entry['reason']}")
+        say(verbs.suggestion(found))
+    return {"path": str(path), "checkpoints": points, "left_out": left_out, "suggestion": verbs.suggestion(found)}
+
+
+def plan(
+    sources: flags.Sources,
+    last: flags.Last = None,
+    every: flags.Every = None,
+    at: flags.At = None,
+    preset: flags.UsePreset = False,
+    scheme: flags.SchemeName = "sma",
+    weights: flags.Weights = None,
+    dtype: flags.OutputDType = None,
+    exclude: flags.Exclude = None,
+    copy: flags.Copy = None,
+    as_given: flags.AsGiven = False,
+    allow_mixed_phases: flags.MixedPhases = False,
+    allow_nonfinite: flags.Nonfinite = False,
+    threads: flags.Threads = 2,
+    memory: flags.Memory = flags.DEFAULT_MEMORY,
+    json_output: flags.Json = False,
+) -> dict[str, Any]:
+    is_run = not formats.is_checkpoint(sources[0])
+    chosen = flags.choice(
+        sources,
+        last=last,
+        every=every,
+        at=at,
+        preset=preset or (is_run and last is None and every is None),
+        as_given=as_given,
+        allow_mixed_phases=allow_mixed_phases,
+    )
+    options = flags.merge_options(
+        scheme=scheme,
+        weights=weights,
+        dtype=dtype,
+        exclude=exclude,
+        copy=copy,
+        allow_nonfinite=allow_nonfinite,
+        threads=threads,
+        memory=memory,
+    )
+    with verbs.plan(chosen, options) as planned:
+        description = planned.describe()
+    if is_run:
+        description["suggestion"] = verbs.suggestion(trajectory.resolve(sources))
+    if not json_output:
+        _show_plan(description)
+    return description
+
+
+def _show_plan(description: dict[str, Any]) -> None:
+    rows = [
+        (
+            printable(source["path"]),
+            _or_unknown(source["step"]),
+            count_text(source["tokens"]) if source["tokens"] else "unknown",
+            _or_unknown(source["learning_rate"]),
+            source["phase"],
+            f"{source['weight']:.4f}",
+            source["bytes"],
+        )
+        for source in description["sources"]
+    ]
+    table(("checkpoint", "step", "tokens", "lr", "phase", "weight", "size"), rows)
+    for entry in description["left_out"]:
+        note(f"left out: {entry['path']}: {entry['reason']}")
+    policies = ", ".join(f"{count} {policy}" for policy, count in description["tensors"].items() if count)
+    read, written = description["bytes_to_read"], description["bytes_to_write"]
+    say()
+    say(f"scheme      {description['scheme']}")
+    say(f"tensors     {policies}; {count_text(description['parameters'])} parameters")
+    for what in ("copied", "excluded"):
+        if description[what]:
+            say(f"{what:<11} {_listed(description[what])}")
+    say(f"output      {', '.join(description['output_dtypes'])} in {len(description['output_files'])} files")
+    say(f"reads       {bytes_text(read)}, writes {bytes_text(written)}")
+    say(f"time        {description['seconds_at_1GB_per_second']:g} s on storage that moves 1GB/s")
+    say(f"memory      {bytes_text(description['peak_memory_bytes'])} at most, {description['threads']} threads")
+    if "suggestion" in description:
+        say(f"suggestion  {description['suggestion']}")
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(printable(name) for name in names[:6])
+    return shown + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def merge(
+    sources: flags.Sources,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The new folder.", show_default=False)],
+    last: flags.Last = None,
+    every: flags.Every = None,
+    at: flags.At = None,
+    preset: flags.UsePreset = False,
+    scheme: flags.SchemeName = "sma",
+    weights: flags.Weights = None,
+    dtype: flags.OutputDType = None,
+    exclude: flags.Exclude = None,
+    copy: flags.Copy = None,
+    as_given: flags.AsGiven = False,
+    allow_mixed_phases: flags.MixedPhases = False,
+    allow_nonfinite: flags.Nonfinite = False,
+    inside_run: Annotated[bool, typer.Option("--inside-run", help="Allow an output inside the run.")] = False,
+    sha256: Annotated[bool, typer.Option("--sha256", help="Also record SHA-256 of the output.")] = False,
+    hash_sources: Annotated[bool, typer.Option("--hash-sources", help="Also record SHA-256 of the sources.")] = False,
+    threads: flags.Threads = 2,
+    memory: flags.Memory = flags.DEFAULT_MEMORY,
+    json_output: flags.Json = False,
+) -> dict[str, Any]:
+    chosen = flags.choice(
+        sources,
+        last=last,
+        every=every,
+        at=at,
+        preset=preset,
+        as_given=as_given,
+        allow_mixed_phases=allow_mixed_phases,
+    )
+    options = flags.merge_options(
+        scheme=scheme,
+        weights=weights,
+        dtype=dtype,
+        exclude=exclude,
+        copy=copy,
+        allow_nonfinite=allow_nonfinite,
+        threads=threads,
+        memory=memory,
+    )
+    with verbs.plan(chosen, options) as planned:
+        for warning in engine.check_output(planned, out, inside_run=inside_run):
+            note(f"warning: {warning}")
+        with progress("merging", planned.bytes_to_write) as show:
+            done = engine.write(
+                planned,
+                out,
+                inside_run=inside_run,
+                sha256=sha256,
+                hash_sources=hash_sources,
+                progress=_counted(planned, show),
+            )
+    rate = (done.bytes_read + done.bytes_written) / max(done.seconds, 1e-9)
+    if not json_output:
+        say(
+            f"{out}: {done.scheme} of {done.checkpoints} checkpoints; read {bytes_text(done.bytes_read)}, wrote "
+            f"{bytes_text(done.bytes_written)} in {done.seconds:.1f} s ({bytes_text(rate)}/s)"
+        )
+    return {**asdict(done), "path": str(out)}
+
+
+def _counted(planned: Plan, show: Callable[[float, str], None]) -> Callable[[int], None]:
+    """Workers report block by block; the bar wants the sum, and a rate in bytes read."""
+    lock, total = threading.Lock(), [0]
+
+    def add(block_bytes: int) -> None:
+        with lock:
+            total[0] += block_bytes
+            read = planned.bytes_to_read * total[0] // max(planned.bytes_to_write, 1)
+            show(total[0], f"{bytes_text(read)} read")
+
+    return add
+
+
+def verify(
+    out: Annotated[Path, typer.Argument(help="A folder that `pma merge` wrote.", show_default=False)],
+    samples: Annotated[int, typer.Option("--samples", help="Blocks to derive again from the sources; 0 for none.")] = 16,
+    json_output: flags.Json = False,
+) -> dict[str, Any]:
+    done = engine.verify(out, samples=samples)
+    if not json_output:
+        say(f"{out}: {done.chunks_hashed} chunks hashed, {done.blocks_derived} of {done.blocks_total} blocks derived again")
+        for finding in done.findings:
+            say(f"  wrong: {finding}")
+        for change in done.sources_changed:
+            say(f"  source: {change}; nothing was derived again")
+        if not done.findings and not done.sources_changed:
+            say("  all as it was written")
+    return {**asdict(done), "path": str(out), "exit_status": 1 if done.findings else 0}
+
+
+def _or_unknown(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

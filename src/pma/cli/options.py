@@ -1,0 +1,107 @@
+"""Flags that several commands share, and how they become values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pma.engine import MergeOptions
+from pma.engine.plan import DEFAULT_MEMORY_BYTES
+from pma.errors import UsageError
+from pma.quantities import parse_bytes, parse_distance
+from pma.trajectory import Window
+from pma.types import DType
+from pma.verbs import Choice
+
+Sources = Annotated[
+    list[Path], typer.Argument(metavar="RUN… | CHECKPOINT…", help="Runs, or checkpoints one by one.", show_default=False)
+]
+Last = Annotated[int | None, typer.Option("--last", metavar="N", help="Average the newest N checkpoints.")]
+Every = Annotated[
+    str | None, typer.Option("--every", metavar="V", help="Distance between them: 8B (tokens) or 400 (steps).")
+]
+At = Annotated[int | None, typer.Option("--at", metavar="STEP", help="End the window at this step.")]
+UsePreset = Annotated[bool, typer.Option("--preset", help="The paper's window for a model of this size.")]
+SchemeName = Annotated[
+    str,
+    typer.Option("--scheme", help="sma, wma, ema:A, ema-normalized:A, or a decay: linear, cosine, 1-sqrt, each also :FLOOR."),
+]
+Weights = Annotated[
+    str | None, typer.Option("--weights", metavar="W,W,…", help="Given weights, oldest first, instead of a scheme.")
+]
+OutputDType = Annotated[
+    str | None, typer.Option("--dtype", help="Type of averaged tensors: bfloat16, float16, float32, float64.")
+]
+Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="Leave out tensors, e.g. '*.bias'.")]
+Copy = Annotated[
+    list[str] | None, typer.Option("--copy", metavar="PATTERN", help="Take tensors from the newest checkpoint instead.")
+]
+AsGiven = Annotated[bool, typer.Option("--as-given", help="Checkpoints are named oldest first; do not order by step.")]
+MixedPhases = Annotated[bool, typer.Option("--allow-mixed-phases", help="Average across warmup, stable and decay.")]
+Nonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Go on where a source holds NaN or infinity.")]
+Threads = Annotated[int, typer.Option("--threads", help="Workers that read and average.")]
+Memory = Annotated[str, typer.Option("--memory", help="Budget for buffers, such as 256MiB.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+DEFAULT_MEMORY = f"{DEFAULT_MEMORY_BYTES // 2**20}MiB"
+_DTYPES = {"float16": DType.F16, "bfloat16": DType.BF16, "float32": DType.F32, "float64": DType.F64}
+_DTYPES |= {"fp16": DType.F16, "bf16": DType.BF16, "fp32": DType.F32, "fp64": DType.F64}
+
+
+def choice(
+    sources: list[Path],
+    *,
+    last: int | None,
+    every: str | None,
+    at: int | None,
+    preset: bool,
+    as_given: bool = False,
+    allow_mixed_phases: bool = False,
+) -> Choice:
+    """The checkpoints that the flags name. Raises UsageError for flags that do not go together."""
+    distance = parse_distance(every) if every is not None else None
+    if last is None and every is not None:
+        raise UsageError("--every needs --last: how many checkpoints, so far apart?")
+    if last is not None and preset:
+        raise UsageError("--preset chooses --last and --every itself; give one or the other")
+    window = Window(last=last, every=distance, at=at) if last is not None else None
+    return Choice(
+        paths=tuple(sources),
+        window=window,
+        preset=preset,
+        at=at if window is None else None,
+        as_given=as_given,
+        allow_mixed_phases=allow_mixed_phases,
+    )
+
+
+def merge_options(
+    *,
+    scheme: str,
+    weights: str | None = None,
+    dtype: str | None = None,
+    exclude: list[str] | None = None,
+    copy: list[str] | None = None,
+    allow_nonfinite: bool = False,
+    threads: int = 2,
+    memory: str = DEFAULT_MEMORY,
+) -> MergeOptions:
+    """The flags as `MergeOptions`."""
+    if dtype is not None and dtype not in _DTYPES:
+        raise UsageError(f"--dtype {dtype!r} is not known; there are bfloat16, float16, float32, float64")
+    try:
+        values = tuple(float(part) for part in weights.split(",")) if weights is not None else None
+    except ValueError:
+        raise UsageError(f"--weights {weights!r}: expected numbers separated by commas, such as 0.2,0.3,0.5") from None
+    return MergeOptions(
+        scheme=scheme,
+        weights=values,
+        dtype=_DTYPES[dtype] if dtype else None,
+        exclude=tuple(exclude or ()),
+        copy=tuple(copy or ()),
+        allow_nonfinite=allow_nonfinite,
+        threads=threads,
+        memory_bytes=parse_bytes(memory),
+    )

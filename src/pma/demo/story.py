@@ -1,0 +1,176 @@
+"""`pma demo`: pre-train, merge, anneal, evaluate, report. Each step is skipped where its result is there already."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pma import trajectory, verbs
+from pma.demo import steps
+from pma.demo.steps import LAST, SCHEMES, Demo, TrainingBar
+from pma.engine import MergeOptions
+from pma.evaluation import Document
+from pma.evaluation.compare import Row, compare
+from pma.evaluation.evaluate import Evaluation
+from pma.pretraining import load_recipe
+from pma.quantities import count_text
+from pma.reporting import RESULTS_FILE, report_folder, series_from_log
+from pma.verbs import Candidate, Choice
+
+Say = Callable[[str], None]
+_CURVE_POINTS = 8
+_CURVE_CHARACTERS = 2_500
+
+
+def run_demo(folder: Path, *, mixture_of_experts: bool, say: Say, bar: TrainingBar) -> dict[str, Any]:
+    """Run what is missing of the demo in `folder` and write its report; returns what the report shows."""
+    started = time.monotonic()
+    demo = Demo(folder=folder, recipe=load_recipe("nano-moe" if mixture_of_experts else "nano-dense"))
+    lines = iter(demo.commands())
+
+    def announce(count: int = 1) -> None:
+        for command in (next(lines) for _ in range(count)):
+            say(f"{command['title']}\n  $ {command['line']}")
+
+    announce()
+    if not demo.checkpoint(demo.steps).is_dir():
+        steps.pretrain_until(demo, demo.recipe.run.tokens, bar, "pre-training")
+    for scheme in SCHEMES:
+        announce()
+        steps.merge(demo, scheme)
+    announce()
+    annealed = steps.anneal(demo, bar)
+    announce()
+    steps.pretrain_until(demo, demo.all_tokens, bar, "going on")
+    announce(2)
+    documents = verbs.held_out_documents((), demo.run)
+    evaluations = _evaluations(demo, annealed.checkpoint, documents)
+    curve = _curve(demo, annealed.checkpoint, documents)
+    results = _results(demo, evaluations, curve, documents)
+    results["seconds"] = time.monotonic() - started
+    (folder / RESULTS_FILE).write_text(json.dumps(results, indent=1) + "\n")
+    page, pictures = report_folder(folder, folder)
+    return {**results, "report": str(page), "pictures": [str(picture) for picture in pictures]}
+
+
+def _evaluations(demo: Demo, annealed: Path, documents: Sequence[Document]) -> dict[str, Evaluation]:
+    """Every model of the comparison, on the whole held-out text."""
+    candidates = {
+        "last": Choice(paths=(demo.checkpoint(demo.steps),)),
+        **{scheme: Choice(paths=(demo.merged(scheme),)) for scheme in SCHEMES},
+        "annealed": Choice(paths=(annealed,)),
+        "raw later": Choice(paths=(demo.checkpoint(demo.last_step),)),
+        "sma later": demo.window(demo.last_step),
+    }
+    return {name: _evaluated(demo, name, choice, documents, cloze=400) for name, choice in candidates.items()}
+
+
+def _evaluated(demo: Demo, name: str, choice: Choice, documents: Sequence[Document], *, cloze: int) -> Evaluation:
+    """The evaluation of `choice`, computed unless it is kept from these very files, this text and these settings."""
+    options = MergeOptions()
+    with verbs.plan(choice, options) as planned:
+        content = [[asdict(identity) for identity in source.files] for source in planned.sources]
+    text = [document.text for document in documents]
+    key = hashlib.blake2b(json.dumps([content, text, cloze]).encode(), digest_size=8).hexdigest()
+    path = demo.folder / "evaluations" / f"{name.replace(' ', '-').replace(':', '-')}-{key}.json"
+    if path.is_file():
+        return Evaluation.from_json(json.loads(path.read_text()))
+    evaluation = verbs.evaluate([Candidate(name=name, choice=choice, options=options)], documents, cloze=cloze)[0]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(evaluation.to_json()) + "\n")
+    return evaluation
+
+
+def _curve(demo: Demo, annealed: Path, documents: Sequence[Document]) -> list[dict[str, Any]]:
+    """Held-out loss of raw and merged models over training, on the start of each document."""
+    starts = [Document(name=d.name, text=d.text[:_CURVE_CHARACTERS]) for d in documents]
+    every = demo.recipe.run.checkpoint_every_tokens // demo.recipe.tokens_a_step
+    first = LAST * every + demo.recipe.optimizer.warmup_steps // every * every
+    marks = [first + (demo.steps - first) * i // (_CURVE_POINTS - 1) // every * every for i in range(_CURVE_POINTS)]
+    points = []
+    for step in [*marks, demo.last_step]:
+        tokens = step * demo.recipe.tokens_a_step
+        for model, kind, choice in (
+            ("raw checkpoint", "raw", Choice(paths=(demo.checkpoint(step),))),
+            (f"sma of the last {LAST}", "merged", demo.window(step)),
+        ):
+            loss = _evaluated(demo, f"curve {kind} {step}", choice, starts, cloze=0).loss.value
+            points.append({"tokens": tokens, "loss": loss, "model": model, "kind": kind})
+    end = _evaluated(demo, "curve annealed", Choice(paths=(annealed,)), starts, cloze=0).loss.value
+    fork_loss = next(p["loss"] for p in points if p["kind"] == "raw" and p["tokens"] == demo.recipe.run.tokens)
+    for tokens, loss in ((demo.recipe.run.tokens, fork_loss), (demo.all_tokens, end)):
+        points.append({"tokens": tokens, "loss": loss, "model": "annealed fork", "kind": "annealed"})
+    return points
+
+
+def _results(
+    demo: Demo, evaluations: dict[str, Evaluation], curve: list[dict[str, Any]], documents: Sequence[Document]
+) -> dict[str, Any]:
+    """Everything the report shows, as plain values."""
+    rows = compare(list(evaluations.values()), evaluations["annealed"])
+    more = count_text(demo.anneal_tokens)
+    titles = {
+        "last": (f"last (step {demo.steps})", "raw", 0),
+        **{scheme: (f"merged: {scheme} of the last {LAST}", "merged", 0) for scheme in SCHEMES},
+        "annealed": (f"annealed: {steps.ANNEAL}, {more} tokens more", "annealed", demo.anneal_tokens),
+        "raw later": (f"raw: constant rate, {more} tokens more", "raw", demo.anneal_tokens),
+        "sma later": (f"merged: sma there, {more} tokens more", "merged", demo.anneal_tokens),
+    }
+    comparison = []
+    for row in rows:
+        title, kind, extra_tokens = titles[row.name]
+        comparison.append({**row.to_json(), "title": title, "kind": kind, "extra_tokens": extra_tokens})
+    constant = trajectory.discover([demo.run]).log
+    fork = trajectory.discover([demo.annealed]).log
+    a_step = demo.recipe.tokens_a_step
+    series = [
+        series_from_log("constant learning rate", "raw", constant, a_step),
+        series_from_log("annealed fork", "annealed", fork, a_step, after_step=demo.steps),
+    ]
+    kind = "mixture of experts" if "moe" in demo.recipe.name else "dense model"
+    return {
+        "pma_demo": 1,
+        "title": "Pre-trained model averaging: the demo",
+        "lead": f"A small {kind} ({demo.recipe.name}), {count_text(demo.recipe.run.tokens)} tokens at constant learning "
+        f"rate {demo.recipe.optimizer.learning_rate:g}; its last {LAST} checkpoints averaged.",
+        "verdict": _verdict(rows, more),
+        "protocol": f"All models are evaluated on the same {len(documents)} held-out documents; differences are paired "
+        "by document, ± is one standard error over documents. Gain recovered is (last − model) / (last − annealed). "
+        f"Annealing trained {more} tokens longer, so the constant run and its merge at that length stand beside it.",
+        "curve_protocol": f"On the first {_CURVE_CHARACTERS} characters of each held-out document. The annealed fork is "
+        "drawn from where it starts to where it ends.",
+        "comparison": comparison,
+        "curve": curve,
+        "training": [asdict(item) for item in series],
+        "commands": demo.commands(),
+        "recipe": demo.recipe.to_json(),
+    }
+
+
+def _verdict(rows: Sequence[Row], more: str) -> str:
+    """What was found, in a sentence or two; also where it was nothing."""
+    by_name = {row.name: row for row in rows}
+    merge, annealed = by_name["sma"], by_name["annealed"]
+    assert merge.improvement is not None
+    assert annealed.improvement is not None
+    gain = merge.improvement
+    if gain.low <= 0 <= gain.high:
+        return f"The simple average and last cannot be told apart on this text ({gain.value:+.4f} ± {gain.standard_error:.4f})."
+    word = "lowers" if gain.value > 0 else "raises"
+    text = (
+        f"The simple average of the last {LAST} checkpoints {word} held-out loss by {abs(gain.value):.3f} ± "
+        f"{gain.standard_error:.3f} nats a token, for no training."
+    )
+    share = merge.gain_recovered
+    if share is None:
+        return f"{text} Annealing did not change the loss beyond its error, so no share of its gain can be given."
+    return (
+        f"{text} Annealing for {more} tokens more lowers it by {annealed.improvement.value:.3f} ± "
+        f"{annealed.improvement.standard_error:.3f}: the merge recovered {100 * share.value:.0f}% ± "
+        f"{100 * share.standard_error:.0f}% of that gain."
+    )

@@ -1,0 +1,6 @@
+"""Tables, charts and the HTML report."""
+
+from pma.reporting.report import PAGE_FILE, RESULTS_FILE, report_folder, series_from_log
+from pma.reporting.table import comparison_table
+
+__all__ = ["PAGE_FILE", "RESULTS_FILE", "comparison_table", "report_folder", "series_from_log"]

@@ -1,0 +1,70 @@
+"""The HTML page: text, a table and charts in one file that opens offline."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A part of a page: a heading, paragraphs, then a table, an Altair chart or commands, whichever there are."""
+
+    heading: str
+    paragraphs: Sequence[str] = ()
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    chart: Any = None
+    commands: Sequence[tuple[str, str]] = field(default=())
+
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1d2530; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: .3rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
+p.lead { font-size: 1.1rem; } footer { color: #6a7480; font-size: .85rem; margin: 3rem 0 1rem; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid #e3e6ea; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } th { font-weight: 600; }
+.wide { overflow-x: auto; } .chart { width: 100%; overflow-x: auto; }
+pre { background: #f4f5f7; padding: .5rem .8rem; overflow-x: auto; margin: .2rem 0 .8rem; font-size: .85rem; }
+"""
+
+
+def render(title: str, lead: str, sections: Sequence[Section], footer: str) -> str:
+    """A complete page. All text is escaped: names may come from untrusted files."""
+    import vl_convert
+
+    body = [f"<h1>{html.escape(title)}</h1>", f'<p class="lead">{html.escape(lead)}</p>']
+    charts: list[dict[str, Any]] = []
+    for section in sections:
+        body.append(f"<h2>{html.escape(section.heading)}</h2>")
+        body += [f"<p>{html.escape(paragraph)}</p>" for paragraph in section.paragraphs]
+        if section.rows:
+            body.append(_table(section.columns, section.rows))
+        if section.chart is not None:
+            body.append(f'<div class="chart" id="chart{len(charts)}"></div>')
+            charts.append(section.chart.to_dict())
+        for what, line in section.commands:
+            body.append(f"<div>{html.escape(what)}</div><pre>{html.escape(line)}</pre>")
+    body.append(f"<footer>{html.escape(footer)}</footer>")
+    script = ""
+    if charts:
+        # "</" would end the script element early; in JSON it can be written as "<\/"
+        specs = json.dumps(charts).replace("</", "<\\/")
+        draw = 'specs.forEach((s, i) => vegaEmbed("#chart" + i, s, {actions: false, renderer: "svg"}));'
+        script = f"<script type=\"module\">{vl_convert.javascript_bundle()}\nconst specs = {specs};\n{draw}</script>"
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        '<link rel="icon" href="data:,">'
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>\n'
+        f"<body>{''.join(body)}{script}</body></html>\n"
+    )
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    lines = ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'

@@ -1,0 +1,156 @@
+"""The verbs that commands, the demo and Python users share: each names checkpoints, picks a window, calls one room."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pma import engine, formats, trajectory
+from pma.engine import Merge, MergeOptions, Plan
+from pma.engine.provenance import RECORD_FILE, load
+from pma.errors import InputError, UsageError
+from pma.evaluation.text import Document, read_documents
+from pma.quantities import Tokens, count_text
+from pma.trajectory import Phase, Preset, Trajectory, TrajectoryPoint, Window
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pma.evaluation.evaluate import Evaluation
+
+HELD_OUT = Path("text") / "held_out.txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Which checkpoints to average: runs or checkpoints, and for runs a window. `preset` sizes it as the paper did."""
+
+    paths: tuple[Path, ...]
+    window: Window | None = None
+    preset: bool = False
+    at: int | None = None
+    as_given: bool = False
+    allow_mixed_phases: bool = False
+
+    def points(self) -> tuple[Trajectory, tuple[TrajectoryPoint, ...]]:
+        """The trajectory and the chosen checkpoints, oldest first. Raises UsageError where no window is given."""
+        found = trajectory.resolve(self.paths, as_given=self.as_given)
+        explicit = formats.is_checkpoint(self.paths[0])
+        window = self.window
+        if explicit and (window is not None or self.preset or self.at is not None):
+            raise UsageError("--last, --every, --at and --preset choose from a run; these are checkpoints named one by one")
+        if self.preset and window is None:
+            window = preset_window(found, at=self.at)
+        if window is None and not explicit:
+            raise UsageError(f"which checkpoints of the run? Say --last N, or --preset. {suggestion(found)}")
+        if window is None:
+            return found, trajectory.of_one_phase(found.points, allow_mixed=self.allow_mixed_phases)
+        return found, trajectory.select(found, replace(window, allow_mixed_phases=self.allow_mixed_phases))
+
+
+def plan(choice: Choice, options: MergeOptions | None = None) -> Plan:
+    """What merging `choice` would do. Raises UsageError or InputError for everything that can be foreseen."""
+    found, points = choice.points()
+    return engine.plan(points, options, as_given=choice.as_given, left_out=found.left_out)
+
+
+def merge(choice: Choice, out: Path, options: MergeOptions | None = None, **how: Any) -> Merge:
+    """Merge `choice` into the new folder `out`; `how` as in `engine.write`."""
+    with plan(choice, options) as planned:
+        return engine.write(planned, out, **how)
+
+
+def average(choice: Choice, options: MergeOptions | None = None) -> dict[str, Tensor]:
+    """Merge `choice` in memory: tensors by name."""
+    with plan(choice, options) as planned:
+        return engine.average(planned)
+
+
+def preset_window(found: Trajectory, *, at: int | None = None) -> Window:
+    """The paper's window for a model of this size. Raises UsageError where the run does not count its tokens."""
+    size = _preset(found)
+    if any(point.tokens is None for point in found.points):
+        raise UsageError("--preset measures in tokens, which this run does not record; say --last and --every in steps")
+    return Window(last=size.last, every=Tokens(size.every_tokens), at=at)
+
+
+def suggestion(found: Trajectory) -> str:
+    """One sentence: the preset for this model's size, and how far to trust it."""
+    size = _preset(found)
+    notes = []
+    if size.extrapolated:
+        notes.append("extrapolated: the paper's models were of another size")
+    if size.capped:
+        notes.append("capped by the stable tokens seen")
+    return (
+        f"For this model's size the paper suggests --last {size.last} --every {count_text(size.every_tokens)}"
+        + (f" ({'; '.join(notes)})" if notes else "")
+        + "."
+    )
+
+
+def _preset(found: Trajectory) -> Preset:
+    with closing(formats.open_checkpoint(found.points[-1].path)) as reader:
+        stable = [p.tokens for p in found.points if p.phase is Phase.STABLE and p.tokens is not None]
+        return trajectory.preset(
+            engine.parameter_count(reader.tensors),
+            mixture_of_experts=engine.is_mixture_of_experts(reader.tensors),
+            stable_tokens=max(stable) - min(stable) if len(stable) > 1 else None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One model to evaluate: a checkpoint, or a merge that is not written."""
+
+    name: str
+    choice: Choice
+    options: MergeOptions = MergeOptions()
+
+
+def evaluate(
+    candidates: Sequence[Candidate],
+    documents: Sequence[Document],
+    *,
+    cloze: int = 400,
+    context_tokens: int | None = None,
+) -> list[Evaluation]:
+    """Evaluate each candidate on the same documents, one after the other."""
+    from pma.evaluation.evaluate import evaluate as evaluate_one
+    from pma.evaluation.model import load_scorer
+
+    evaluations = []
+    for candidate in candidates:
+        with plan(candidate.choice, candidate.options) as planned:
+            tensors = engine.average(planned)
+            like = planned.sources[-1].point.path
+        scorer = load_scorer(tensors, like, context_tokens=context_tokens)
+        evaluations.append(evaluate_one(candidate.name, scorer, documents, cloze=cloze))
+    return evaluations
+
+
+def held_out_documents(texts: Sequence[Path], path: Path) -> list[Document]:
+    """The documents to evaluate on: `texts`, else what the run that `path` belongs to held out."""
+    if texts:
+        return read_documents(texts)
+    for folder in (path, path.parent, *_source_runs(path)):
+        if (folder / HELD_OUT).is_file():
+            return read_documents([folder / HELD_OUT])
+    raise InputError(f"{path} does not belong to a run that holds text out; give held-out text with --text FILE")
+
+
+def _source_runs(path: Path) -> list[Path]:
+    if not (path / RECORD_FILE).is_file():
+        return []
+    sources = load(path).get("sources")
+    if not isinstance(sources, list) or not sources or not isinstance(sources[-1], dict):
+        return []
+    return [Path(str(sources[-1].get("path"))).parent]
+
+
+def newest(path: Path) -> Path:
+    """`path` itself if it is a checkpoint, else the newest complete checkpoint of that run."""
+    return trajectory.resolve([path]).points[-1].path
