@@ -37,7 +37,7 @@ def compare(evaluations: Sequence[Evaluation], annealed: Evaluation | None = Non
     for evaluation in evaluations:
         own = evaluation is baseline
         share = None
-        if annealed is not None and not own:
+        if annealed is not None and not own and evaluation is not annealed:
             loss_difference(baseline, annealed)  # refuses what cannot be paired
             share = gain_recovered(baseline.nats, evaluation.nats, annealed.nats, baseline.tokens)
         rows.append(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pma.errors import Interrupted, MissingExtra, UsageError
+from pma.errors import InputError, Interrupted, MissingExtra, UsageError, printable
 from pma.evaluation.quiet import quiet_transformers
 from pma.formats import hf_trainer
 from pma.pretraining import run_folder
@@ -86,7 +86,7 @@ def _train(
     started = time.monotonic()
     resumed_from = newest[1] if newest else 0
     if resumed_from < steps:
-        trainer = _trainer(out, record, steps, progress)
+        trainer = _trainer(out, record, steps, newest[0] if newest else None, progress)
         try:
             trainer.train(resume_from_checkpoint=str(newest[0]) if newest else None)
         except KeyboardInterrupt:
@@ -103,10 +103,9 @@ def _train(
     )
 
 
-def _trainer(out: Path, record: RunRecord, steps: int, progress: Progress | None) -> Any:
+def _trainer(out: Path, record: RunRecord, steps: int, newest: Path | None, progress: Progress | None) -> Any:
     try:
-        import transformers
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, default_data_collator
+        from transformers import AutoTokenizer, Trainer, default_data_collator
         from transformers.trainer_callback import PrinterCallback
 
         from pma.pretraining.callbacks import SaveEveryTokens, ShowProgress
@@ -116,19 +115,6 @@ def _trainer(out: Path, record: RunRecord, steps: int, progress: Progress | None
     recipe = record.recipe
     text = out / run_folder.TEXT_FOLDER
     tokenizer = AutoTokenizer.from_pretrained(text, local_files_only=True)
-    model_settings = dict(recipe.model)
-    config = AutoConfig.for_model(
-        model_settings.pop("model_type"),
-        **model_settings,
-        vocab_size=recipe.text.vocabulary_tokens,
-        max_position_embeddings=recipe.text.context_tokens,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=None,
-        use_cache=False,
-    )
-    transformers.set_seed(recipe.run.seed)
-    model = AutoModelForCausalLM.from_config(config)
     data = PackedSequences(
         load_tokens(text / TOKENS_FILE),
         context_tokens=recipe.text.context_tokens,
@@ -140,7 +126,7 @@ def _trainer(out: Path, record: RunRecord, steps: int, progress: Progress | None
         callbacks.append(ShowProgress(progress, steps))
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "tensorboard")
     trainer = Trainer(
-        model=model,
+        model=_model(recipe, tokenizer, newest),
         args=_arguments(out, record, steps),
         train_dataset=data,
         processing_class=tokenizer,
@@ -149,6 +135,37 @@ def _trainer(out: Path, record: RunRecord, steps: int, progress: Progress | None
     )
     trainer.remove_callback(PrinterCallback)  # it prints on stdout, which is for results
     return trainer
+
+
+def _model(recipe: Recipe, tokenizer: Any, checkpoint: Path | None) -> Any:
+    """A new model, or the checkpoint's.
+
+    The Trainer's own resume is not enough: transformers 5 stores a mixture's experts one by one but holds them fused,
+    and the Trainer loads by name, not strictly, so a resumed mixture would silently keep freshly drawn experts.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+    model_settings = dict(recipe.model)
+    config = AutoConfig.for_model(
+        model_settings.pop("model_type"),
+        **model_settings,
+        vocab_size=recipe.text.vocabulary_tokens,
+        max_position_embeddings=recipe.text.context_tokens,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+        use_cache=False,
+    )
+    set_seed(recipe.run.seed)
+    if checkpoint is None:
+        return AutoModelForCausalLM.from_config(config)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        checkpoint, config=config, local_files_only=True, output_loading_info=True
+    )
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if wrong:
+        raise InputError(f"{checkpoint} does not fit the run's recipe, for example {printable(str(wrong[0]))}")
+    return model
 
 
 def _arguments(out: Path, record: RunRecord, steps: int) -> Any:

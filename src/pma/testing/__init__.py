@@ -1,0 +1,16 @@
+"""For authors of formats and for our own tests: conformance suites, a reference twin, builders of tiny real checkpoints."""
+
+from pma.testing.builders import Raw, random_raw, tiny_llama_run, tiny_run
+from pma.testing.contracts import ReaderContract, WriterContract
+from pma.testing.reference import reference_average, rounded
+
+__all__ = [
+    "Raw",
+    "ReaderContract",
+    "WriterContract",
+    "random_raw",
+    "reference_average",
+    "rounded",
+    "tiny_llama_run",
+    "tiny_run",
+]
