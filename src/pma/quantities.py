@@ -73,7 +73,7 @@ def _scaled(value: float, base: int, names: str, unit: str) -> str:
     while abs(value) >= base * 0.9995 and exponent < len(names) - 1:
         value /= base
         exponent += 1
-    digits = f"{value:.3g}" if exponent else f"{value:g}"
+    digits = f"{value:.3g}" if exponent and value < 999.5 else f"{value:.0f}"
     return f"{digits}{names[exponent].strip()}{unit}"
 
 

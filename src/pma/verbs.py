@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -86,7 +87,7 @@ def suggestion(found: Trajectory) -> str:
     if size.capped:
         notes.append("capped by the stable tokens seen")
     return (
-        f"For this model's size the paper suggests --last {size.last} --every {count_text(size.every_tokens)}"
+        f"For this model's size the paper suggests --last {size.last} --every {size.every_tokens}tokens"
         + (f" ({'; '.join(notes)})" if notes else "")
         + "."
     )
@@ -95,11 +96,71 @@ def suggestion(found: Trajectory) -> str:
 def _preset(found: Trajectory) -> Preset:
     with closing(formats.open_checkpoint(found.points[-1].path)) as reader:
         stable = [p.tokens for p in found.points if p.phase is Phase.STABLE and p.tokens is not None]
-        return trajectory.preset(
+        size = trajectory.preset(
             engine.parameter_count(reader.tensors),
             mixture_of_experts=engine.is_mixture_of_experts(reader.tensors),
-            stable_tokens=max(stable) - min(stable) if len(stable) > 1 else None,
+            stable_tokens=stable[-1] - stable[0] if len(stable) > 1 else None,
         )
+    return trajectory.fitted(size, stable)
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """What a checkpoint or a run is, from headers and records alone, as plain values.
+
+    A run has `checkpoints`, `left_out` and `suggestion`; a checkpoint has `format`, `step`, `tokens`, `tensors` and so on.
+    """
+    if path.is_dir() and not formats.is_checkpoint(path) and not path.name.startswith("checkpoint-"):
+        return _inspect_run(path)
+    with closing(formats.open_checkpoint(path)) as reader:
+        meta, identities, specs = reader.meta, reader.identities(), reader.tensors.values()
+        return {
+            "path": str(path),
+            "real_path": str(path.resolve()),
+            "format": reader.format,
+            "merge_of": _merged_from(path),
+            "step": meta.step,
+            "tokens": meta.tokens,
+            "tokens_source": meta.tokens_source,
+            "learning_rate": meta.learning_rate,
+            "complete": meta.incomplete is None,
+            "incomplete_because": meta.incomplete,
+            "parameters": engine.parameter_count(reader.tensors),
+            "mixture_of_experts": engine.is_mixture_of_experts(reader.tensors),
+            "bytes": sum(identity.size_bytes for identity in identities),
+            "files": [identity.name for identity in identities],
+            "dtypes": dict(Counter(spec.dtype.name for spec in specs)),
+            "tensors": [{"name": s.name, "dtype": s.dtype.name, "shape": list(s.shape)} for s in specs],
+        }
+
+
+def _inspect_run(path: Path) -> dict[str, Any]:
+    found = trajectory.discover([path])
+    return {
+        "path": str(path),
+        "checkpoints": [
+            {
+                "path": str(point.path),
+                "step": point.step,
+                "tokens": point.tokens,
+                "tokens_source": point.meta.tokens_source,
+                "learning_rate": point.learning_rate,
+                "phase": point.phase.value,
+            }
+            for point in found.points
+        ],
+        "left_out": [{"path": str(where), "reason": reason} for where, reason in found.left_out],
+        "suggestion": suggestion(found),
+    }
+
+
+def _merged_from(path: Path) -> dict[str, Any] | None:
+    """Scheme and steps of a merge of ours, from its record."""
+    if not (path / RECORD_FILE).is_file():
+        return None
+    record = load(path)
+    sources = record.get("sources")
+    steps = [s.get("step") for s in sources if isinstance(s, dict)] if isinstance(sources, list) else []
+    return {"scheme": str(record.get("scheme")), "steps": steps}
 
 
 @dataclass(frozen=True, kw_only=True)

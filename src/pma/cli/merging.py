@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +16,6 @@ from pma.cli.output import command, note, progress, say, table
 from pma.engine import Plan
 from pma.errors import printable
 from pma.quantities import bytes_text, count_text
-from pma.trajectory import Trajectory
 
 
 def register(app: typer.Typer) -> None:
@@ -52,49 +50,29 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
-    if path.is_dir() and not formats.is_checkpoint(path) and not path.name.startswith("checkpoint-"):
-        return _inspect_run(trajectory.discover([path]), path, quiet=json_output)
-    with closing(formats.open_checkpoint(path)) as reader:
-        meta = reader.meta
-        dtypes = {name: sum(spec.dtype.name == name for spec in reader.tensors.values()) for name in _dtype_names(reader)}
-        result: dict[str, Any] = {
-            "path": str(path),
-            "real_path": str(path.resolve()),
-            "format": reader.format,
-            "step": meta.step,
-            "tokens": meta.tokens,
-            "tokens_source": meta.tokens_source,
-            "learning_rate": meta.learning_rate,
-            "complete": meta.incomplete is None,
-            "incomplete_because": meta.incomplete,
-            "parameters": engine.parameter_count(reader.tensors),
-            "mixture_of_experts": engine.is_mixture_of_experts(reader.tensors),
-            "bytes": sum(identity.size_bytes for identity in reader.identities()),
-            "files": [identity.name for identity in reader.identities()],
-            "dtypes": dtypes,
-            "tensors": [
-                {"name": spec.name, "dtype": spec.dtype.name, "shape": list(spec.shape)}
-                for spec in reader.tensors.values()
-            ],
-        }
+    result = verbs.inspect(path)
     if not json_output:
-        _show_checkpoint(result, list_tensors=tensors)
+        if "checkpoints" in result:
+            _show_run(result)
+        else:
+            _show_checkpoint(result, list_tensors=tensors)
     return result
-
-
-def _dtype_names(reader: formats.CheckpointReader) -> list[str]:
-    return sorted({spec.dtype.name for spec in reader.tensors.values()})
 
 
 def _show_checkpoint(result: dict[str, Any], *, list_tensors: bool) -> None:
     tokens = f"{count_text(result['tokens'])} ({result['tokens_source']})" if result["tokens"] else "unknown"
+    made = result["merge_of"]
+    kind = "mixture of experts" if result["mixture_of_experts"] else "dense"
     say(f"{result['real_path']}")
     say(f"  format      {result['format']}, {len(result['files'])} files, {bytes_text(result['bytes'])}")
-    say(f"  complete    {'yes' if result['complete'] else 'no: ' + result['incomplete_because']}")
-    say(f"  step        {_or_unknown(result['step'])}")
-    say(f"  tokens      {tokens}")
-    say(f"  lr          {_or_unknown(result['learning_rate'])}")
-    kind = "mixture of experts" if result["mixture_of_experts"] else "dense"
+    if made is not None:
+        steps = f"steps {made['steps'][0]} to {made['steps'][-1]}" if None not in made["steps"] else "steps unknown"
+        say(f"  merge       {printable(made['scheme'])} of {len(made['steps'])} checkpoints, {steps}")
+    else:
+        say(f"  complete    {'yes' if result['complete'] else 'no: ' + result['incomplete_because']}")
+        say(f"  step        {_or_unknown(result['step'])}")
+        say(f"  tokens      {tokens}")
+        say(f"  lr          {_or_unknown(result['learning_rate'])}")
     say(f"  parameters  {count_text(result['parameters'])}, {kind}")
     say(f"  tensors     {len(result['tensors'])}: " + ", ".join(f"{n} {d}" for d, n in result["dtypes"].items()))
     if list_tensors:
@@ -102,35 +80,21 @@ def _show_checkpoint(result: dict[str, Any], *, list_tensors: bool) -> None:
         table(("tensor", "dtype", "shape"), rows)
 
 
-def _inspect_run(found: Trajectory, path: Path, *, quiet: bool) -> dict[str, Any]:
-    points = [
-        {
-            "path": str(point.path),
-            "step": point.step,
-            "tokens": point.tokens,
-            "tokens_source": point.meta.tokens_source,
-            "learning_rate": point.learning_rate,
-            "phase": point.phase.value,
-        }
-        for point in found.points
+def _show_run(result: dict[str, Any]) -> None:
+    rows = [
+        (
+            Path(point["path"]).name,
+            _or_unknown(point["step"]),
+            count_text(point["tokens"]) if point["tokens"] else "unknown",
+            _or_unknown(point["learning_rate"]),
+            point["phase"],
+        )
+        for point in result["checkpoints"]
     ]
-    left_out = [{"path": str(where), "reason": reason} for where, reason in found.left_out]
-    if not quiet:
-        rows = [
-            (
-                point.path.name,
-                _or_unknown(point.step),
-                count_text(point.tokens) if point.tokens else "unknown",
-                _or_unknown(point.learning_rate),
-                point.phase.value,
-            )
-            for point in found.points
-        ]
-        table(("checkpoint", "step", "tokens", "lr", "phase"), rows, title=str(path))
-        for entry in left_out:
-            note(f"left out: {entry['path']}: {entry['reason']}")
-        say(verbs.suggestion(found))
-    return {"path": str(path), "checkpoints": points, "left_out": left_out, "suggestion": verbs.suggestion(found)}
+    table(("checkpoint", "step", "tokens", "lr", "phase"), rows, title=result["path"])
+    for entry in result["left_out"]:
+        note(f"left out: {entry['path']}: {entry['reason']}")
+    say(result["suggestion"])
 
 
 def plan(

@@ -14,15 +14,18 @@ from pma import trajectory, verbs
 from pma.demo import steps
 from pma.demo.steps import LAST, SCHEMES, Demo, TrainingBar
 from pma.engine import MergeOptions
+from pma.errors import UsageError
 from pma.evaluation import Document
 from pma.evaluation.compare import Row, compare
 from pma.evaluation.evaluate import Evaluation
+from pma.formats.strict_json import load_object
 from pma.pretraining import load_recipe
 from pma.quantities import count_text
 from pma.reporting import RESULTS_FILE, report_folder, series_from_log
 from pma.verbs import Candidate, Choice
 
 Say = Callable[[str], None]
+MARKER_FILE = "demo.json"
 _CURVE_POINTS = 8
 _CURVE_CHARACTERS = 2_500
 
@@ -31,6 +34,7 @@ def run_demo(folder: Path, *, mixture_of_experts: bool, say: Say, bar: TrainingB
     """Run what is missing of the demo in `folder` and write its report; returns what the report shows."""
     started = time.monotonic()
     demo = Demo(folder=folder, recipe=load_recipe("nano-moe" if mixture_of_experts else "nano-dense"))
+    _enter(demo)
     lines = iter(demo.commands())
 
     def announce(count: int = 1) -> None:
@@ -56,6 +60,20 @@ def run_demo(folder: Path, *, mixture_of_experts: bool, say: Say, bar: TrainingB
     (folder / RESULTS_FILE).write_text(json.dumps(results, indent=1) + "\n")
     page, pictures = report_folder(folder, folder)
     return {**results, "report": str(page), "pictures": [str(picture) for picture in pictures]}
+
+
+def _enter(demo: Demo) -> None:
+    """Mark the folder as this demo's. Raises UsageError where it holds something else."""
+    marker = demo.folder / MARKER_FILE
+    if marker.is_file():
+        there = load_object(marker, 4096).get("recipe")
+        if there != demo.recipe.name:
+            raise UsageError(f"{demo.folder} holds the demo of {there}, not of {demo.recipe.name}; choose another folder")
+        return
+    if demo.folder.exists() and (not demo.folder.is_dir() or any(demo.folder.iterdir())):
+        raise UsageError(f"{demo.folder} exists and is not a demo; choose another folder with -o")
+    demo.folder.mkdir(parents=True, exist_ok=True)
+    marker.write_text(json.dumps({"recipe": demo.recipe.name}) + "\n")
 
 
 def _evaluations(demo: Demo, annealed: Path, documents: Sequence[Document]) -> dict[str, Evaluation]:

@@ -240,12 +240,12 @@ def _check_same(
     """Every source holds the same tensors with the same types and shapes as the newest."""
     newest = readers[-1]
     for reader in readers[:-1]:
-        for name in tensors.keys() - reader.tensors.keys():
+        for name in sorted(tensors.keys() - reader.tensors.keys()):
             raise MismatchError(
                 f"{printable(name)} is in {newest.path} but missing in {reader.path}; leave that checkpoint out, "
                 "or the tensor with --exclude"
             )
-        for name in reader.tensors.keys() - tensors.keys() - set(excluded):
+        for name in sorted(reader.tensors.keys() - tensors.keys() - set(excluded)):
             raise MismatchError(
                 f"{printable(name)} is in {reader.path} but missing in {newest.path}, the newest; leave that "
                 "checkpoint out, or the tensor with --exclude"

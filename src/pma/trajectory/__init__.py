@@ -2,7 +2,7 @@
 
 from pma.trajectory.discover import Trajectory, TrajectoryPoint, discover, from_checkpoints, resolve
 from pma.trajectory.phases import Phase
-from pma.trajectory.presets import Preset, preset
+from pma.trajectory.presets import Preset, fitted, preset
 from pma.trajectory.window import Window, of_one_phase, select
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "TrajectoryPoint",
     "Window",
     "discover",
+    "fitted",
     "from_checkpoints",
     "of_one_phase",
     "preset",

@@ -6,7 +6,9 @@ Source: arXiv 2505.12082, sections 4.1 and 4.3. Mixtures of experts are looked u
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 # (parameters, V in tokens, N)
 _DENSE = ((411e6, 2e9, 6), (2e9, 5e9, 6), (8e9, 15e9, 10), (70e9, 40e9, 10))
@@ -21,6 +23,20 @@ class Preset:
     every_tokens: int
     extrapolated: bool
     capped: bool
+
+
+def fitted(size: Preset, stable_tokens: Sequence[int]) -> Preset:
+    """`size` on a run whose stable checkpoints lie at `stable_tokens`: V a whole number of their median distance.
+
+    V is rounded down, but is at least one distance; N is cut to the stable checkpoints that are that far apart.
+    """
+    gaps = sorted(b - a for a, b in pairwise(stable_tokens))
+    if not gaps:
+        return size
+    spacing = max(1, gaps[len(gaps) // 2])
+    every = max(spacing, size.every_tokens // spacing * spacing)
+    last = min(size.last, (stable_tokens[-1] - stable_tokens[0]) // every + 1)
+    return replace(size, last=last, every_tokens=every)
 
 
 def preset(parameters: int, *, mixture_of_experts: bool, stable_tokens: int | None = None) -> Preset:

@@ -1,0 +1,357 @@
+"""Every command: what it prints, its JSON, and one clear paragraph with the right exit status for bad input."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from pma.cli import app
+from pma.testing import random_raw, tiny_run
+from pma.testing.builders import write_safetensors, write_trainer_state
+from pma.types import DType
+
+ROOT = Path(__file__).parents[2]
+
+
+def pma(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def error_of(result: Result) -> str:
+    """The one paragraph on stderr of a command that failed as it should."""
+    assert result.exit_code in (1, 2, 3, 4)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert "Traceback" not in result.stderr
+    last_line = result.stderr.strip().splitlines()[-1]
+    assert last_line.startswith("pma: ")
+    return last_line
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    tiny_run(tmp_path / "run", steps=10)
+    return tmp_path / "run"
+
+
+# ---- what commands print ----
+
+
+def test_inspect_a_run(run: Path) -> None:
+    shown = pma("inspect", run)
+    assert shown.exit_code == 0
+    assert "checkpoint-100" in shown.stdout
+    assert "stable" in shown.stdout
+    value = json.loads(pma("inspect", run, "--json").stdout)
+    assert [c["step"] for c in value["checkpoints"]] == list(range(10, 101, 10))
+
+
+def test_inspect_a_checkpoint(run: Path) -> None:
+    shown = pma("inspect", run / "checkpoint-30", "--tensors")
+    assert "layer.0.weight" in shown.stdout
+    assert "4 BF16" in shown.stdout
+    value = json.loads(pma("inspect", run / "checkpoint-30", "--json").stdout)
+    assert (value["step"], value["tokens"], value["complete"], value["parameters"]) == (30, 3000, True, 1297)
+
+
+def test_inspect_shows_quantised_types(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "q", [random_raw("w", DType.F8_E4M3, (4,)), random_raw("s", DType.F8_E8M0, (1,))])
+    assert json.loads(pma("inspect", tmp_path / "q", "--json").stdout)["dtypes"] == {"F8_E4M3": 1, "F8_E8M0": 1}
+
+
+def test_plan_writes_nothing_and_says_everything(run: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    shown = pma("plan", run, "--last", 3, "--scheme", "wma")
+    for expected in ("0.1667", "0.5000", "4 average", "BF16", "reads", "memory", "paper suggests"):
+        assert expected in shown.stdout, expected
+    assert sorted(tmp_path.rglob("*")) == before
+    value = json.loads(pma("plan", run, "--last", 3, "--json").stdout)
+    assert value["bytes_to_read"] == 3 * 1297 * 2
+    assert [s["step"] for s in value["sources"]] == [80, 90, 100]
+
+
+def test_plan_suggests_and_uses_the_preset(run: Path) -> None:
+    value = json.loads(pma("plan", run, "--json").stdout)
+    assert len(value["sources"]) == 6
+    assert "capped by the stable tokens" in value["suggestion"]
+    assert "extrapolated" in value["suggestion"]
+
+
+def test_merge_then_verify_then_inspect(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    value = json.loads(pma("merge", run, "--last", 4, "-o", out, "--json").stdout)
+    assert value["checkpoints"] == 4
+    assert "all as it was written" in pma("verify", out).stdout
+    assert json.loads(pma("verify", out, "--json").stdout)["findings"] == []
+    assert "sma of 4 checkpoints, steps 70 to 100" in pma("inspect", out).stdout
+
+
+def test_merge_checkpoints_named_one_by_one(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert pma("merge", run / "checkpoint-30", run / "checkpoint-10", "-o", out).exit_code == 0
+    assert [s["step"] for s in json.loads((out / "pma.json").read_text())["sources"]] == [10, 30]
+
+
+def test_given_weights(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert pma("merge", run, "--last", 2, "--weights", "0.25,0.75", "-o", out).exit_code == 0
+    assert [s["weight"] for s in json.loads((out / "pma.json").read_text())["sources"]] == [0.25, 0.75]
+
+
+def test_verify_finds_damage_and_exits_1(run: Path, tmp_path: Path) -> None:
+    pma("merge", run, "--last", 4, "-o", tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x00\x01"[:1])
+    result = pma("verify", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "wrong:" in result.stdout
+
+
+def test_unknown_steps_need_as_given_for_unequal_weights(tmp_path: Path) -> None:
+    for number in (1, 2):
+        write_safetensors(tmp_path / f"model{number}", [random_raw("w", DType.BF16, (4,), seed=number)])
+    models = [tmp_path / "model1", tmp_path / "model2"]
+    assert pma("merge", *models, "-o", tmp_path / "sma").exit_code == 0
+    refused = pma("merge", *models, "--scheme", "wma", "-o", tmp_path / "wma")
+    assert refused.exit_code == 2
+    assert "--as-given" in error_of(refused)
+    assert pma("merge", *models, "--scheme", "wma", "--as-given", "-o", tmp_path / "wma").exit_code == 0
+
+
+def test_report_of_a_run(run: Path, tmp_path: Path) -> None:
+    value = json.loads(pma("report", run, "-o", tmp_path / "report", "--json").stdout)
+    assert "checkpoint-100" in Path(value["report"]).read_text()
+    assert all(Path(p).stat().st_size > 1000 for p in value["pictures"])
+
+
+# ---- bad input: a clear paragraph, the right status, nothing lost, nothing that looks complete ----
+
+
+def empty_folder(tmp_path: Path) -> list[object]:
+    (tmp_path / "empty").mkdir()
+    return [tmp_path / "empty"]
+
+
+def wrong_folder(tmp_path: Path) -> list[object]:
+    (tmp_path / "wrong").mkdir()
+    (tmp_path / "wrong" / "photo.jpg").write_text("x")
+    return [tmp_path / "wrong"]
+
+
+def file_for_folder(tmp_path: Path) -> list[object]:
+    (tmp_path / "file").write_text("x")
+    return [tmp_path / "file"]
+
+
+def missing_tensor(tmp_path: Path) -> list[object]:
+    path = tmp_path / "run" / "checkpoint-90"
+    write_safetensors(path, [random_raw("embed.weight", DType.BF16, (32, 16))])
+    return [tmp_path / "run"]
+
+
+def other_shape(tmp_path: Path) -> list[object]:
+    shapes = {"embed.weight": (16, 32), "layer.0.weight": (16, 48), "layer.0.bias": (16,), "scale": ()}
+    write_safetensors(tmp_path / "run" / "checkpoint-90", [random_raw(n, DType.BF16, s) for n, s in shapes.items()])
+    return [tmp_path / "run"]
+
+
+def other_dtype(tmp_path: Path) -> list[object]:
+    shapes = {"embed.weight": (32, 16), "layer.0.weight": (16, 48), "layer.0.bias": (16,), "scale": ()}
+    write_safetensors(tmp_path / "run" / "checkpoint-90", [random_raw(n, DType.F32, s) for n, s in shapes.items()])
+    return [tmp_path / "run"]
+
+
+def truncated_shard(tmp_path: Path) -> list[object]:
+    os.truncate(tmp_path / "run" / "checkpoint-90" / "model.safetensors", 1500)
+    return [tmp_path / "run"]
+
+
+def nan_in_a_source(tmp_path: Path) -> list[object]:
+    path = tmp_path / "run" / "checkpoint-90" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-2] + b"\xc0\x7f")
+    return [tmp_path / "run"]
+
+
+def being_written(tmp_path: Path) -> list[object]:
+    (tmp_path / "run" / "checkpoint-90" / "trainer_state.json").unlink()
+    return [tmp_path / "run" / "checkpoint-80", tmp_path / "run" / "checkpoint-90"]
+
+
+BAD_SOURCES = [
+    (empty_folder, 3, "holds no checkpoint"),
+    (wrong_folder, 3, "holds no checkpoint"),
+    (file_for_folder, 3, "is a file"),
+    (lambda tmp: [tmp / "nowhere"], 3, "does not exist"),
+    (missing_tensor, 3, "missing in"),
+    (other_shape, 3, r"shape (16, 32), expected (32, 16)"),
+    (other_dtype, 3, "dtype F32, expected BF16"),
+    (truncated_shard, 3, "cut short"),
+    (nan_in_a_source, 3, "nan; every value must be finite"),
+    (being_written, 3, "not complete"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "status", "message"), BAD_SOURCES)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_bad_sources(
+    run: Path, tmp_path: Path, spoil: Callable[[Path], list[object]], status: int, message: str, as_json: bool
+) -> None:
+    sources = spoil(tmp_path)
+    window = [] if len(sources) > 1 else ["--last", 3]
+    before = snapshot(tmp_path)
+    result = pma("merge", *sources, *window, "-o", tmp_path / "out", *(["--json"] if as_json else []))
+    assert message in error_of(result)
+    assert result.exit_code == status
+    if as_json:
+        assert message in json.loads(result.stdout)["error"]["message"]
+    else:
+        assert result.stdout == ""
+    assert snapshot(tmp_path) == before  # nothing made, nothing changed
+
+
+def snapshot(folder: Path) -> dict[str, int]:
+    return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*")} | {str(p): 0 for p in folder.glob(".*")}
+
+
+BAD_REQUESTS = [
+    (["--last", "3", "--scheme", "magic"], "scheme 'magic' is not known"),
+    (["--last", "3", "--scheme", "ema"], "is not known"),
+    (["--last", "3", "--every", "8Q"], "'8Q' is not understood"),
+    (["--every", "8B"], "--every needs --last"),
+    (["--last", "3", "--memory", "lots"], "'lots' is not understood"),
+    (["--last", "3", "--dtype", "int8"], "--dtype 'int8' is not known"),
+    (["--last", "3", "--weights", "a,b,c"], "expected numbers"),
+    (["--last", "3", "--weights", "0.5,0.5"], "2 numbers for 3"),
+    (["--last", "3", "--preset"], "one or the other"),
+    (["--last", "0"], "at least one"),
+    (["--last", "30"], "only 10 complete checkpoints"),
+    (["--last", "3", "--at", "55"], "no checkpoint of that step"),
+    ([], "which checkpoints of the run?"),
+    (["--last", "3", "--as-given"], "one by one"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD_REQUESTS)
+def test_bad_requests(run: Path, tmp_path: Path, flags: list[str], message: str) -> None:
+    result = pma("merge", run, *flags, "-o", tmp_path / "out")
+    assert message in error_of(result)
+    assert result.exit_code == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+def test_an_output_that_exists_or_is_inside_the_run(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert "exists already" in error_of(pma("merge", run, "--last", 3, "-o", tmp_path / "out"))
+    assert "inside the run" in error_of(pma("merge", run, "--last", 3, "-o", run / "merged"))
+    (tmp_path / "file").write_text("x")
+    assert "is a file" in error_of(pma("merge", run, "--last", 3, "-o", tmp_path / "file" / "out"))
+
+
+def test_a_run_that_crosses_phases(run: Path, tmp_path: Path) -> None:
+    for path in run.iterdir():
+        step = int(path.name.split("-")[1])
+        write_trainer_state(path, step, rates={90: 5e-4, 100: 1e-4})
+    assert "crosses phases" in error_of(pma("merge", run, "--last", 5, "-o", tmp_path / "out"))
+
+
+def test_flags_for_runs_do_not_go_with_checkpoints(run: Path, tmp_path: Path) -> None:
+    result = pma("merge", run / "checkpoint-10", run / "checkpoint-20", "--last", 2, "-o", tmp_path / "out")
+    assert "named one by one" in error_of(result)
+
+
+def test_other_commands_with_bad_input(run: Path, tmp_path: Path) -> None:
+    for arguments, status, message in (
+        (("inspect", tmp_path / "nowhere"), 3, "does not exist"),
+        (("verify", run), 3, "holds no pma.json"),
+        (("report", tmp_path / "nowhere"), 3, "does not exist"),
+        (("pretrain", "nano-dens", "-o", tmp_path / "x"), 2, "there are micro-dense"),
+        (("pretrain", "-o", tmp_path / "x"), 2, "which recipe"),
+        (("pretrain", "nano-dense", "-o", tmp_path / "x", "--anneal", "cosine"), 2, "--fork-from"),
+        (("pretrain", "--fork-from", run / "checkpoint-10", "-o", tmp_path / "x"), 2, "--tokens"),
+        (("pretrain", "nano-dense", "-o", tmp_path / "x", "--tokens", "8Q"), 2, "'8Q'"),
+        (("pretrain", "nano-dense", "-o", tmp_path / "x", "--text", tmp_path / "nowhere"), 3, "does not exist"),
+        (("eval", run, "--last", 3), 2, "go with --merge"),
+        (("eval", run), 3, "--text"),
+        (("eval", run, "--text", tmp_path / "nowhere"), 3, "does not exist"),
+        (("demo", "-o", run), 2, "is not a demo"),
+    ):
+        result = pma(*arguments)
+        assert message in error_of(result), arguments
+        assert result.exit_code == status, arguments
+
+
+def test_a_checkpoint_that_transformers_does_not_know(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for i in range(5):
+        (tmp_path / "text" / f"{i}.txt").write_text("some words to read " * 40)
+    assert "cannot be evaluated" in error_of(pma("eval", run, "--text", tmp_path / "text"))
+
+
+# ---- the shape of the command line ----
+
+FLAGS = {
+    "demo": "--json --moe --out",
+    "inspect": "--json --tensors",
+    "plan": "--allow-mixed-phases --allow-nonfinite --as-given --at --copy --dtype --every --exclude --json --last "
+    "--memory --preset --scheme --threads --weights",
+    "merge": "--allow-mixed-phases --allow-nonfinite --as-given --at --copy --dtype --every --exclude --hash-sources "
+    "--inside-run --json --last --memory --out --preset --scheme --sha256 --threads --weights",
+    "verify": "--json --samples",
+    "eval": "--annealed --at --cloze --context --every --json --last --merge --preset --scheme --text",
+    "report": "--json --out",
+    "pretrain": "--anneal --fork-from --json --learning-rate --out --seed --text --tokens",
+}
+
+
+def test_the_list_of_commands_and_flags_is_pinned() -> None:
+    import typer.main
+
+    group = typer.main.get_command(app)
+    found = {}
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        options = [option for p in command.params for option in p.opts if option.startswith("--")]
+        found[name] = " ".join(sorted(set(options) - {"--help"}))
+    assert found == FLAGS
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_help_has_an_example(name: str) -> None:
+    shown = pma(name, "--help")
+    assert shown.exit_code == 0
+    assert f"Example: pma {name}" in " ".join(shown.stdout.split())
+
+
+def test_help_and_plan_import_neither_torch_nor_transformers(run: Path) -> None:
+    for arguments in (["--help"], ["plan", str(run), "--last", "3"], ["inspect", str(run)]):
+        script = (
+            f"import sys; sys.argv = ['pma', *{arguments!r}]\n"
+            "from pma.cli import main\n"
+            "try: main()\n"
+            "except SystemExit: pass\n"
+            "assert not {'torch', 'transformers', 'altair', 'scipy'} & set(sys.modules)"
+        )
+        subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_the_root_offers_the_verbs_and_nothing_else() -> None:
+    import pma as package
+
+    assert package.__all__ == [
+        "Choice", "MergeOptions", "Steps", "Tokens", "Window", "__version__", "average", "discover", "evaluate",
+        "fork", "inspect", "merge", "plan", "pretrain", "verify",
+    ]  # fmt: skip
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    with pytest.raises(AttributeError):
+        _ = package.nothing
+
+
+def test_the_version_is_the_distributions() -> None:
+    import pma as package
+
+    assert package.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]

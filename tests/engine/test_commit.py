@@ -1,0 +1,263 @@
+"""Whatever happens to a merge, nothing is overwritten and nothing looks complete that is not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from pma import engine, formats, trajectory
+from pma.engine import MergeOptions
+from pma.engine.staging import staged, staging_folder
+from pma.errors import IncompleteError, Interrupted, MismatchError, SpaceError, UsageError
+from pma.formats.safetensors import SafetensorsPart
+from pma.testing import tiny_run
+
+BIG = {"w": (6_000_000,), "v": (3_000_000,)}
+
+
+def plan(paths: list[Path], **options: object) -> engine.Plan:
+    return engine.plan(trajectory.from_checkpoints(paths).points, MergeOptions(**options))
+
+
+def nothing_left(folder: Path) -> bool:
+    return sorted(p.name for p in folder.iterdir()) == ["run"]
+
+
+def test_an_existing_output_is_never_touched(tmp_path: Path) -> None:
+    paths = tiny_run(tmp_path / "run", steps=2)
+    for make in (lambda p: p.mkdir(), lambda p: p.write_text("precious"), lambda p: p.symlink_to("nowhere")):
+        out = tmp_path / "out"
+        make(out)
+        before = out.lstat()
+        with plan(paths) as planned, pytest.raises(UsageError, match="exists already"):
+            engine.write(planned, out)
+        assert out.lstat().st_mtime_ns == before.st_mtime_ns
+        out.rmdir() if out.is_dir() and not out.is_symlink() else out.unlink()
+
+
+def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="exists already"), staged(out) as folder:
+        (folder / "weights").write_text("new")
+        out.mkdir()
+        (out / "precious").write_text("old")
+    assert (out / "precious").read_text() == "old"
+    assert not staging_folder(out).exists()
+
+
+@pytest.mark.parametrize("where", ["run/merged", "run/checkpoint-10/merged", "run/deep/er/merged"])
+def test_an_output_inside_the_run_is_refused(tmp_path: Path, where: str) -> None:
+    paths = tiny_run(tmp_path / "run", steps=2)
+    with plan(paths) as planned, pytest.raises(UsageError, match="inside the run"):
+        engine.write(planned, tmp_path / where)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["checkpoint-10", "checkpoint-20"]
+
+
+def test_inside_the_run_only_as_told_and_never_inside_a_checkpoint(tmp_path: Path) -> None:
+    paths = tiny_run(tmp_path / "run", steps=2)
+    with plan(paths) as planned:
+        engine.write(planned, tmp_path / "run" / "merged", inside_run=True)
+        with pytest.raises(UsageError, match="inside the run"):
+            engine.write(planned, paths[0] / "merged", inside_run=True)
+    # the merge is not taken for a checkpoint of the run
+    assert [p.path for p in trajectory.discover([tmp_path / "run"]).points] == paths
+
+
+@pytest.mark.parametrize("name", ["step-500-merged", "checkpoint-500", "iter_0000500"])
+def test_names_that_trainers_resume_from_are_warned_about(tmp_path: Path, name: str) -> None:
+    paths = tiny_run(tmp_path / "run", steps=2)
+    with plan(paths) as planned:
+        assert "trainer" in engine.write(planned, tmp_path / "merges" / name).warnings[0]
+
+
+def test_no_space_is_found_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    paths = tiny_run(tmp_path / "run", steps=2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))  # type: ignore[attr-defined]
+    with plan(paths) as planned, pytest.raises(SpaceError, match="1B free, the output needs"):
+        engine.write(planned, tmp_path / "out")
+    assert nothing_left(tmp_path)
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
+    """A real limit on file size in a child process: the output's files cannot be reserved."""
+    tiny_run(tmp_path / "run", steps=2, shapes=BIG)
+    script = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)); from pma.cli import main;"
+        f"sys.argv = ['pma', 'merge', {str(tmp_path / 'run')!r}, '--last', '2', '-o', {str(tmp_path / 'out')!r}]; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 3
+    assert "no room" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert nothing_left(tmp_path)
+
+
+def test_a_failing_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = tiny_run(tmp_path / "run", steps=2, shapes=BIG)
+
+    def fail(self: SafetensorsPart, file: str, offset_bytes: int, values: memoryview) -> None:
+        raise SpaceError("writing failed: No space left on device")
+
+    monkeypatch.setattr(SafetensorsPart, "write", fail)
+    with plan(paths) as planned, pytest.raises(SpaceError):
+        engine.write(planned, tmp_path / "out")
+    assert nothing_left(tmp_path)
+
+
+def test_a_source_that_changes_meanwhile_is_an_error(tmp_path: Path) -> None:
+    paths = tiny_run(tmp_path / "run", steps=2)
+    with plan(paths) as planned:
+        os.utime(paths[0] / "model.safetensors", ns=(5, 5))
+        with pytest.raises(MismatchError, match=r"checkpoint-10/model.safetensors was changed"):
+            engine.write(planned, tmp_path / "out")
+    assert nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("how", ["truncate", "delete"])
+def test_a_source_that_shrinks_or_goes_is_an_error(tmp_path: Path, how: str) -> None:
+    paths = tiny_run(tmp_path / "run", steps=3, shapes=BIG)
+    with plan(paths) as planned:
+        victim = paths[1] / "model.safetensors"
+        os.truncate(victim, 1000) if how == "truncate" else victim.unlink()
+        with pytest.raises((IncompleteError, MismatchError), match="checkpoint-20"):
+            engine.write(planned, tmp_path / "out")
+    assert nothing_left(tmp_path)
+
+
+def test_an_interrupt_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
+    paths = tiny_run(tmp_path / "run", steps=3, shapes=BIG)
+
+    def interrupt(block_bytes: int) -> None:
+        signal.raise_signal(signal.SIGINT)  # the main thread gets it while it waits for the workers
+
+    with plan(paths) as planned, pytest.raises(Interrupted):
+        engine.write(planned, tmp_path / "out", progress=interrupt)
+    assert nothing_left(tmp_path)
+    assert threading.active_count() == 1
+
+
+def start_merge(run: Path, out: Path) -> subprocess.Popen[str]:
+    """A merge in another process that is slow enough to be caught in the middle."""
+    script = (
+        "import sys, time; from pma.formats.safetensors import SafetensorsPart as Part; write = Part.write;"
+        "Part.write = lambda *a: (write(*a), time.sleep(0.5))[0];"
+        f"sys.argv = ['pma', 'merge', {str(run)!r}, '--last', '3', '-o', {str(out)!r}, '--threads', '1'];"
+        "from pma.cli import main; main()"
+    )
+    return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+
+
+def wait_until_written(out: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if any(staging_folder(out).glob("*.safetensors")):
+            return
+        time.sleep(0.02)
+    raise AssertionError("the merge did not begin")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_command_tidily(tmp_path: Path, number: int) -> None:
+    tiny_run(tmp_path / "run", steps=3, shapes=BIG)
+    process = start_merge(tmp_path / "run", tmp_path / "out")
+    wait_until_written(tmp_path / "out")
+    process.send_signal(number)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 4
+    assert "Traceback" not in printed
+    assert nothing_left(tmp_path)
+
+
+def test_a_killed_merge_never_looks_complete_and_starts_again(tmp_path: Path) -> None:
+    paths = tiny_run(tmp_path / "run", steps=3, shapes=BIG)
+    out = tmp_path / "out"
+    process = start_merge(tmp_path / "run", out)
+    wait_until_written(out)
+    process.kill()
+    process.communicate()
+    assert not out.exists()
+    assert staging_folder(out).name.startswith(".")
+    with plan(paths) as planned:
+        engine.write(planned, out)
+    assert engine.verify(out).findings == ()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
+    assert not [p for p in out.iterdir() if p.name.startswith(".")]
+
+
+def test_two_merges_into_one_output(tmp_path: Path) -> None:
+    paths = tiny_run(tmp_path / "run", steps=3, shapes=BIG)
+    out = tmp_path / "out"
+    process = start_merge(tmp_path / "run", out)
+    wait_until_written(out)
+    with plan(paths) as planned, pytest.raises(UsageError, match=f"being written by process {process.pid}"):
+        engine.write(planned, out)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert engine.verify(out).findings == ()
+
+
+def test_a_lease_of_another_host_is_not_broken(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    staging_folder(out).mkdir()
+    (staging_folder(out) / ".pma-lease").write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
+    with pytest.raises(UsageError, match=r"process 1 on elsewhere.*remove"), staged(out):
+        pass
+    assert staging_folder(out).exists()
+
+
+def test_verify_finds_a_flipped_bit_and_names_the_tensor(tmp_path: Path) -> None:
+    paths = tiny_run(tmp_path / "run", steps=2)
+    with plan(paths) as planned:
+        engine.write(planned, tmp_path / "out")
+        offset = next(f.offset_bytes for f in planned.layout.files[0].fragments if f.tensor == "layer.0.weight")
+    path = tmp_path / "out" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[offset + 3] ^= 4
+    path.write_bytes(data)
+    found = engine.verify(tmp_path / "out")
+    assert len(found.findings) == 2  # the digest, and what the sources give
+    assert "layer.0.weight" in found.findings[1]
+
+
+def test_verify_finds_what_is_cut_missing_or_changed(tmp_path: Path) -> None:
+    paths = tiny_run(tmp_path / "run", steps=2, shards=2)
+    with plan(paths) as planned:
+        engine.write(planned, tmp_path / "out")
+    assert engine.verify(tmp_path / "out").findings == ()
+    os.utime(paths[0] / "model-00001-of-00002.safetensors", ns=(5, 5))
+    assert "has changed since" in engine.verify(tmp_path / "out").sources_changed[0]
+    first, second = sorted((tmp_path / "out").glob("*.safetensors"))
+    os.truncate(first, 10)
+    second.unlink()
+    findings = engine.verify(tmp_path / "out").findings
+    assert "10 bytes" in findings[0]
+    assert "missing" in findings[1]
+
+
+def test_read_only_sources_and_another_file_system(tmp_path: Path) -> None:
+    paths = tiny_run(tmp_path / "run", steps=2)
+    for path in (tmp_path / "run").rglob("*"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    shared_memory = Path("/dev/shm")
+    if not os.access(shared_memory, os.W_OK):
+        pytest.skip("/dev/shm is not writable here")
+    out = shared_memory / f"pma-test-{os.getpid()}"
+    try:
+        with plan(paths) as planned:
+            engine.write(planned, out)
+        assert formats.is_checkpoint(out)
+    finally:
+        import shutil
+
+        shutil.rmtree(out, ignore_errors=True)
+        for path in (tmp_path / "run").rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
