@@ -1,9 +1,11 @@
-"""The learning rate of a built-in recipe: lowest annealed loss over several rates and seeds, on validation text.
+"""The learning rate of a built-in recipe: lowest annealed loss over several rates and seeds, on validation
+text.
 
     python benchmarks/tune_learning_rate.py nano-dense --rates 1e-3,2e-3,3e-3 --seeds 0,1,2 -o /tmp/tuning
 
-Every run is pre-trained, forked with a cosine anneal of a fifth of its length, and its last 10 checkpoints merged. The
-result is `docs/learning-rates/RECIPE.json`; a second call computes only what is missing. Held-out text is not touched.
+Every run is pre-trained, forked with a cosine anneal of a fifth of its length, and its last 10 checkpoints
+merged. The result is `docs/learning-rates/RECIPE.json`; a second call computes only what is missing. Held-out
+text is not touched.
 """
 
 from __future__ import annotations
@@ -69,7 +71,9 @@ def main() -> None:
     path = DOCS / f"{arguments.recipe}.json"
     results = json.loads(path.read_text()) if path.is_file() else []
     done = {(r["learning_rate"], r["seed"]) for r in results}
-    wanted = [(float(rate), int(seed)) for seed in arguments.seeds.split(",") for rate in arguments.rates.split(",")]
+    wanted = [
+        (float(rate), int(seed)) for seed in arguments.seeds.split(",") for rate in arguments.rates.split(",")
+    ]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.parallel, mp_context=context) as pool:
         futures = [

@@ -10,7 +10,15 @@ from pma.quantities import Steps, Tokens, bytes_text, count_text, parse_bytes, p
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("8B", 8e9), ("250M", 250e6), ("1.5k", 1500), ("1.2T", 1.2e12), ("307200", 307_200), ("1,500", 1500), (".5K", 500)],
+    [
+        ("8B", 8e9),
+        ("250M", 250e6),
+        ("1.5k", 1500),
+        ("1.2T", 1.2e12),
+        ("307200", 307_200),
+        ("1,500", 1500),
+        (".5K", 500),
+    ],
 )
 def test_tokens(text: str, count: float) -> None:
     assert parse_tokens(text) == count
@@ -42,5 +50,12 @@ def test_what_is_shown_is_within_half_a_percent(count: int) -> None:
 
 
 def test_shown() -> None:
-    assert [count_text(n) for n in (0, 999, 1000, 1_536_000, 999_999, 8e9)] == ["0", "999", "1K", "1.54M", "1M", "8B"]
+    assert [count_text(n) for n in (0, 999, 1000, 1_536_000, 999_999, 8e9)] == [
+        "0",
+        "999",
+        "1K",
+        "1.54M",
+        "1M",
+        "8B",
+    ]
     assert bytes_text(1_500_000_000) == "1.5GB"

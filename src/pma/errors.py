@@ -1,15 +1,16 @@
-"""The exception tree. Every error that a user can cause is one of these; the command line turns them into one paragraph.
+"""The exception tree. Every error that a user can cause is one of these; the command line turns them into one
+paragraph.
 
-    PmaError                 exit status
-    ├── CheckFailed          1  a check found what it looks for (verify, a damaged output)
-    ├── UsageError           2  the request cannot be meant: unknown scheme, output exists, no such window
-    │   └── MissingExtra     2  an optional dependency is not installed
-    ├── InputError           3  what was read cannot be used
-    │   ├── FormatError      3  a file breaks the rules of its format, or tries something hostile
-    │   ├── IncompleteError  3  a checkpoint is still being written, or was cut short
-    │   ├── MismatchError    3  sources do not fit together
-    │   └── SpaceError       3  no room for the output
-    └── Interrupted          4  stopped on request; nothing looks complete, the same command starts again
+PmaError                 exit status
+├── CheckFailed          1  a check found what it looks for (verify, a damaged output)
+├── UsageError           2  the request cannot be meant: unknown scheme, output exists, no such window
+│   └── MissingExtra     2  an optional dependency is not installed
+├── InputError           3  what was read cannot be used
+│   ├── FormatError      3  a file breaks the rules of its format, or tries something hostile
+│   ├── IncompleteError  3  a checkpoint is still being written, or was cut short
+│   ├── MismatchError    3  sources do not fit together
+│   └── SpaceError       3  no room for the output
+└── Interrupted          4  stopped on request; nothing looks complete, the same command starts again
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class MissingExtra(UsageError):
     """An optional dependency is needed: says which extra to install."""
 
     def __init__(self, what_for: str, extra: str, missing: str) -> None:
-        super().__init__(f"{what_for} needs {missing}, which is not installed: pip install 'pma-llm[{extra}]'")
+        super().__init__(
+            f"{what_for} needs {missing}, which is not installed: pip install 'pma-llm[{extra}]'"
+        )
 
 
 class InputError(PmaError):
@@ -68,5 +71,7 @@ class Interrupted(PmaError):
 
 def printable(text: str, limit: int = 200) -> str:
     """`text` from an untrusted file, made safe to print: control characters escaped, length capped."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[:limit])
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[:limit]
+    )
     return shown + "…" if len(text) > limit else shown

@@ -64,7 +64,9 @@ def parse_distance(text: str) -> Steps | Tokens:
         plain = re.sub(r"\s*tokens?\s*$", "", text, flags=re.IGNORECASE)
         distance = Tokens(_parse(plain, _COUNT, "distance", "8B (tokens) or 400 (steps)"))
     if distance.count <= 0:
-        raise UsageError(f"distance {text!r} is not positive: expected one such as 8B (tokens) or 400 (steps)")
+        raise UsageError(
+            f"distance {text!r} is not positive: expected one such as 8B (tokens) or 400 (steps)"
+        )
     return distance
 
 

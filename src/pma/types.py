@@ -1,4 +1,6 @@
-"""The few dataclasses that rooms share: element types, tensors, where their bytes lie, what is known of a checkpoint."""
+"""The few dataclasses that rooms share: element types, tensors, where their bytes lie, what is known of a
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,11 @@ Kind = str  # "float", "integer", "boolean", "complex" or "quantised"
 
 
 class DType(Enum):
-    """Element types of the safetensors specification: (name there, bits, kind). Imports neither torch nor numpy.
+    """Element types of the safetensors specification: (name there, bits, kind). Imports neither torch nor
+    numpy.
 
-    Source: safetensors 0.8, `Dtype`. Types of 8 bits and fewer carry a scale elsewhere, so they cannot be averaged as they are.
+    Source: safetensors 0.8, `Dtype`. Types of 8 bits and fewer carry a scale elsewhere, so they cannot be
+    averaged as they are.
     """
 
     BOOL = ("BOOL", 8, "boolean")
@@ -60,7 +64,9 @@ class Role(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """A named tensor: its type and shape, its role, and (for a master or moment) the parameter it belongs to."""
+    """A named tensor: its type and shape, its role, and (for a master or moment) the parameter it belongs
+    to.
+    """
 
     name: str
     dtype: DType
@@ -81,8 +87,8 @@ class TensorSpec:
 class Fragment:
     """Contiguous bytes of a file that hold part of one tensor, row-major.
 
-    Exactly one of the two says which part: `flat_start` (the index of its first element in the flattened tensor) or
-    `box` (offsets and sizes, one pair a dimension; a shard of a distributed checkpoint).
+    Exactly one of the two says which part: `flat_start` (the index of its first element in the flattened
+    tensor) or `box` (offsets and sizes, one pair a dimension; a shard of a distributed checkpoint).
     """
 
     tensor: str
@@ -115,7 +121,8 @@ class TrainingLog:
 class CheckpointMeta:
     """What a checkpoint's own records say. None means unknown; nothing here is guessed.
 
-    `tokens_source` names the record that `tokens` came from. `incomplete` is None for a finished checkpoint, else the reason.
+    `tokens_source` names the record that `tokens` came from. `incomplete` is None for a finished checkpoint,
+    else the reason.
     """
 
     step: int | None = None

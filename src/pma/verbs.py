@@ -1,11 +1,13 @@
-"""The verbs that commands, the demo and Python users share: each names checkpoints, picks a window, calls one room."""
+"""The verbs that commands, the demo and Python users share: each names checkpoints, picks a window, calls
+one room.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ from pma.engine import Merge, MergeOptions, Plan
 from pma.engine.provenance import RECORD_FILE, load
 from pma.errors import InputError, UsageError
 from pma.evaluation.text import Document, read_documents
-from pma.quantities import Tokens, count_text
+from pma.quantities import Tokens
 from pma.trajectory import Phase, Preset, Trajectory, TrajectoryPoint, Window
 
 if TYPE_CHECKING:
@@ -27,7 +29,9 @@ HELD_OUT = Path("text") / "held_out.txt"
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Which checkpoints to average: runs or checkpoints, and for runs a window. `preset` sizes it as the paper did."""
+    """Which checkpoints to average: runs or checkpoints, and for runs a window. `preset` sizes it as the
+    paper did.
+    """
 
     paths: tuple[Path, ...]
     window: Window | None = None
@@ -37,12 +41,16 @@ class Choice:
     allow_mixed_phases: bool = False
 
     def points(self) -> tuple[Trajectory, tuple[TrajectoryPoint, ...]]:
-        """The trajectory and the chosen checkpoints, oldest first. Raises UsageError where no window is given."""
+        """The trajectory and the chosen checkpoints, oldest first. Raises UsageError where no window is
+        given.
+        """
         found = trajectory.resolve(self.paths, as_given=self.as_given)
         explicit = formats.is_checkpoint(self.paths[0])
         window = self.window
         if explicit and (window is not None or self.preset or self.at is not None):
-            raise UsageError("--last, --every, --at and --preset choose from a run; these are checkpoints named one by one")
+            raise UsageError(
+                "--last, --every, --at and --preset choose from a run; these are checkpoints named one by one"
+            )
         if self.preset and window is None:
             window = preset_window(found, at=self.at)
         if window is None and not explicit:
@@ -71,10 +79,14 @@ def average(choice: Choice, options: MergeOptions | None = None) -> dict[str, Te
 
 
 def preset_window(found: Trajectory, *, at: int | None = None) -> Window:
-    """The paper's window for a model of this size. Raises UsageError where the run does not count its tokens."""
+    """The paper's window for a model of this size. Raises UsageError where the run does not count its
+    tokens.
+    """
     size = _preset(found)
     if any(point.tokens is None for point in found.points):
-        raise UsageError("--preset measures in tokens, which this run does not record; say --last and --every in steps")
+        raise UsageError(
+            "--preset measures in tokens, which this run does not record; say --last and --every in steps"
+        )
     return Window(last=size.last, every=Tokens(size.every_tokens), at=at)
 
 
@@ -107,7 +119,8 @@ def _preset(found: Trajectory) -> Preset:
 def inspect(path: Path) -> dict[str, Any]:
     """What a checkpoint or a run is, from headers and records alone, as plain values.
 
-    A run has `checkpoints`, `left_out` and `suggestion`; a checkpoint has `format`, `step`, `tokens`, `tensors` and so on.
+    A run has `checkpoints`, `left_out` and `suggestion`; a checkpoint has `format`, `step`, `tokens`,
+    `tensors` and so on.
     """
     if path.is_dir() and not formats.is_checkpoint(path) and not path.name.startswith("checkpoint-"):
         return _inspect_run(path)
@@ -169,7 +182,7 @@ class Candidate:
 
     name: str
     choice: Choice
-    options: MergeOptions = MergeOptions()
+    options: MergeOptions = field(default_factory=MergeOptions)
 
 
 def evaluate(
@@ -200,7 +213,9 @@ def held_out_documents(texts: Sequence[Path], path: Path) -> list[Document]:
     for folder in (path, path.parent, *_source_runs(path)):
         if (folder / HELD_OUT).is_file():
             return read_documents([folder / HELD_OUT])
-    raise InputError(f"{path} does not belong to a run that holds text out; give held-out text with --text FILE")
+    raise InputError(
+        f"{path} does not belong to a run that holds text out; give held-out text with --text FILE"
+    )
 
 
 def _source_runs(path: Path) -> list[Path]:

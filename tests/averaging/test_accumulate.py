@@ -23,7 +23,9 @@ def averaged(sources: list[torch.Tensor], weights: list[float] | None, out: torc
 
 
 def test_at_least_9999_of_10000_bf16_means_are_correctly_rounded() -> None:
-    sources = [torch.randn(1_000_000, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(10)]
+    sources = [
+        torch.randn(1_000_000, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(10)
+    ]
     exact = rounded(exact_mean([source.double().numpy() for source in sources]), "BF16")
     ours = averaged(sources, None, torch.bfloat16).double().numpy()
     assert (ours == exact).mean() >= 0.9999
@@ -45,7 +47,9 @@ def test_a_block_is_the_sum_of_its_parts(dtype: torch.dtype, count: int) -> None
     for weights in (None, [0.5, 0.3, 0.2]):
         whole = averaged(sources, weights, dtype)
         cut = count // 3
-        parts = [averaged([s[a:b] for s in sources], weights, dtype) for a, b in ((0, cut), (cut, count)) if a < b]
+        parts = [
+            averaged([s[a:b] for s in sources], weights, dtype) for a, b in ((0, cut), (cut, count)) if a < b
+        ]
         assert torch.equal(whole, torch.cat(parts))
 
 

@@ -21,12 +21,16 @@ PUBLISHED = {
     "linear": " ".join([".1"] * 10),
 }
 
-positions_lists = st.lists(st.floats(0.01, 1e4), min_size=1, max_size=24).map(lambda gaps: np.cumsum(gaps).tolist())
+positions_lists = st.lists(st.floats(0.01, 1e4), min_size=1, max_size=24).map(
+    lambda gaps: np.cumsum(gaps).tolist()
+)
 names = st.one_of(
     st.sampled_from(["sma", "wma", "linear", "cosine", "1-sqrt"]),
     st.floats(0.01, 1).map(lambda a: f"ema:{a}"),
     st.floats(0.01, 0.99).map(lambda a: f"ema-normalized:{a}"),
-    st.tuples(st.sampled_from(["linear", "cosine", "1-sqrt"]), st.floats(0, 1)).map(lambda x: f"{x[0]}:{x[1]}"),
+    st.tuples(st.sampled_from(["linear", "cosine", "1-sqrt"]), st.floats(0, 1)).map(
+        lambda x: f"{x[0]}:{x[1]}"
+    ),
 )
 
 
@@ -123,7 +127,9 @@ def test_the_decay_identity_on_random_trajectories(rates: list[float], seed: int
 @given(st.lists(st.floats(0.01, 1), min_size=2, max_size=12))
 def test_weights_go_to_rates_and_back(raw: list[float]) -> None:
     weights = np.array(raw) / sum(raw)
-    back = averaging.weights_from_rates(np.minimum(averaging.rates_from_weights(weights.tolist()), 1.0).tolist())
+    back = averaging.weights_from_rates(
+        np.minimum(averaging.rates_from_weights(weights.tolist()), 1.0).tolist()
+    )
     np.testing.assert_allclose(back, weights, atol=1e-12)
 
 

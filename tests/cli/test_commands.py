@@ -1,4 +1,6 @@
-"""Every command: what it prints, its JSON, and one clear paragraph with the right exit status for bad input."""
+"""Every command: what it prints, its JSON, and one clear paragraph with the right exit status for bad
+input.
+"""
 
 import json
 import os
@@ -60,8 +62,13 @@ def test_inspect_a_checkpoint(run: Path) -> None:
 
 
 def test_inspect_shows_quantised_types(tmp_path: Path) -> None:
-    write_safetensors(tmp_path / "q", [random_raw("w", DType.F8_E4M3, (4,)), random_raw("s", DType.F8_E8M0, (1,))])
-    assert json.loads(pma("inspect", tmp_path / "q", "--json").stdout)["dtypes"] == {"F8_E4M3": 1, "F8_E8M0": 1}
+    write_safetensors(
+        tmp_path / "q", [random_raw("w", DType.F8_E4M3, (4,)), random_raw("s", DType.F8_E8M0, (1,))]
+    )
+    assert json.loads(pma("inspect", tmp_path / "q", "--json").stdout)["dtypes"] == {
+        "F8_E4M3": 1,
+        "F8_E8M0": 1,
+    }
 
 
 def test_plan_writes_nothing_and_says_everything(run: Path, tmp_path: Path) -> None:
@@ -156,13 +163,17 @@ def missing_tensor(tmp_path: Path) -> list[object]:
 
 def other_shape(tmp_path: Path) -> list[object]:
     shapes = {"embed.weight": (16, 32), "layer.0.weight": (16, 48), "layer.0.bias": (16,), "scale": ()}
-    write_safetensors(tmp_path / "run" / "checkpoint-90", [random_raw(n, DType.BF16, s) for n, s in shapes.items()])
+    write_safetensors(
+        tmp_path / "run" / "checkpoint-90", [random_raw(n, DType.BF16, s) for n, s in shapes.items()]
+    )
     return [tmp_path / "run"]
 
 
 def other_dtype(tmp_path: Path) -> list[object]:
     shapes = {"embed.weight": (32, 16), "layer.0.weight": (16, 48), "layer.0.bias": (16,), "scale": ()}
-    write_safetensors(tmp_path / "run" / "checkpoint-90", [random_raw(n, DType.F32, s) for n, s in shapes.items()])
+    write_safetensors(
+        tmp_path / "run" / "checkpoint-90", [random_raw(n, DType.F32, s) for n, s in shapes.items()]
+    )
     return [tmp_path / "run"]
 
 
@@ -274,7 +285,11 @@ def test_other_commands_with_bad_input(run: Path, tmp_path: Path) -> None:
         (("pretrain", "nano-dense", "-o", tmp_path / "x", "--anneal", "cosine"), 2, "--fork-from"),
         (("pretrain", "--fork-from", run / "checkpoint-10", "-o", tmp_path / "x"), 2, "--tokens"),
         (("pretrain", "nano-dense", "-o", tmp_path / "x", "--tokens", "8Q"), 2, "'8Q'"),
-        (("pretrain", "nano-dense", "-o", tmp_path / "x", "--text", tmp_path / "nowhere"), 3, "does not exist"),
+        (
+            ("pretrain", "nano-dense", "-o", tmp_path / "x", "--text", tmp_path / "nowhere"),
+            3,
+            "does not exist",
+        ),
         (("eval", run, "--last", 3), 2, "go with --merge"),
         (("eval", run), 3, "--text"),
         (("eval", run, "--text", tmp_path / "nowhere"), 3, "does not exist"),
@@ -297,10 +312,10 @@ def test_a_checkpoint_that_transformers_does_not_know(run: Path, tmp_path: Path)
 FLAGS = {
     "demo": "--json --moe --out",
     "inspect": "--json --tensors",
-    "plan": "--allow-mixed-phases --allow-nonfinite --as-given --at --copy --dtype --every --exclude --json --last "
-    "--memory --preset --scheme --threads --weights",
-    "merge": "--allow-mixed-phases --allow-nonfinite --as-given --at --copy --dtype --every --exclude --hash-sources "
-    "--inside-run --json --last --memory --out --preset --scheme --sha256 --threads --weights",
+    "plan": "--allow-mixed-phases --allow-nonfinite --as-given --at --copy --dtype --every --exclude --json "
+    "--last --memory --preset --scheme --threads --weights",
+    "merge": "--allow-mixed-phases --allow-nonfinite --as-given --at --copy --dtype --every --exclude "
+    "--hash-sources --inside-run --json --last --memory --out --preset --scheme --sha256 --threads --weights",
     "verify": "--json --samples",
     "eval": "--annealed --at --cloze --context --every --json --last --merge --preset --scheme --text",
     "report": "--json --out",
@@ -342,8 +357,8 @@ def test_the_root_offers_the_verbs_and_nothing_else() -> None:
     import pma as package
 
     assert package.__all__ == [
-        "Choice", "MergeOptions", "Steps", "Tokens", "Window", "__version__", "average", "discover", "evaluate",
-        "fork", "inspect", "merge", "plan", "pretrain", "verify",
+        "Choice", "MergeOptions", "Steps", "Tokens", "Window", "__version__", "average", "discover",
+        "evaluate", "fork", "inspect", "merge", "plan", "pretrain", "verify",
     ]  # fmt: skip
     for name in package.__all__:
         assert getattr(package, name) is not None

@@ -92,7 +92,8 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
     script = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)); from pma.cli import main;"
-        f"sys.argv = ['pma', 'merge', {str(tmp_path / 'run')!r}, '--last', '2', '-o', {str(tmp_path / 'out')!r}]; main()"
+        f"sys.argv = ['pma', 'merge', {str(tmp_path / 'run')!r}, '--last', '2', '-o', "
+        f"{str(tmp_path / 'out')!r}]; main()"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 3
@@ -218,7 +219,9 @@ def test_verify_finds_a_flipped_bit_and_names_the_tensor(tmp_path: Path) -> None
     paths = tiny_run(tmp_path / "run", steps=2)
     with plan(paths) as planned:
         engine.write(planned, tmp_path / "out")
-        offset = next(f.offset_bytes for f in planned.layout.files[0].fragments if f.tensor == "layer.0.weight")
+        offset = next(
+            f.offset_bytes for f in planned.layout.files[0].fragments if f.tensor == "layer.0.weight"
+        )
     path = tmp_path / "out" / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[offset + 3] ^= 4

@@ -1,4 +1,6 @@
-"""Merges against the numpy twin, to the bit, for any threads and block size; written files load where users load them."""
+"""Merges against the numpy twin, to the bit, for any threads and block size; written files load where
+users load them.
+"""
 
 import json
 import os
@@ -85,7 +87,9 @@ def test_threads_and_block_size_do_not_matter(
     chunk_bytes: int,
 ) -> None:
     if chunk_bytes == 64:
-        larger_run = tiny_run(tmp_path / "run", steps=3, shapes={"a": (1_001,), "b": (3,), "c": (99, 5)}, extra=EXTRA)
+        larger_run = tiny_run(
+            tmp_path / "run", steps=3, shapes={"a": (1_001,), "b": (3,), "c": (99, 5)}, extra=EXTRA
+        )
         expected = reference_average(larger_run, weights(scheme, larger_run))
     else:
         expected = larger_expected[scheme]
@@ -103,7 +107,9 @@ def test_in_memory_equals_on_disk(tmp_path: Path, larger_run: list[Path]) -> Non
         tensors = engine.average(plan)
     for path in out.glob("*.safetensors"):
         for name, tensor in load_file(path).items():
-            assert torch.equal(tensor.flatten().view(torch.uint8), tensors[name].flatten().view(torch.uint8)), name
+            assert torch.equal(
+                tensor.flatten().view(torch.uint8), tensors[name].flatten().view(torch.uint8)
+            ), name
 
 
 def test_partitions_make_the_same_output(larger_run: list[Path]) -> None:
@@ -135,7 +141,11 @@ shapes_strategy = st.dictionaries(
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(shapes_strategy, st.sampled_from(["bf16", "fp32"]), st.integers(1, 4), st.integers(1, 3))
 def test_any_shapes_equal_the_twin(
-    tmp_path_factory: pytest.TempPathFactory, shapes: dict[str, tuple[int, ...]], dtype: str, steps: int, shards: int
+    tmp_path_factory: pytest.TempPathFactory,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: str,
+    steps: int,
+    shards: int,
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
     paths = tiny_run(folder / "run", steps=steps, dtype=dtype, shapes=shapes, shards=min(shards, len(shapes)))
@@ -160,7 +170,10 @@ def test_integers_come_from_the_newest(tmp_path: Path) -> None:
     paths = []
     for number in (1, 2):
         path = tmp_path / "run" / f"checkpoint-{number}"
-        write_safetensors(path, [random_raw("w", DType.BF16, (4,), seed=number), random_raw("n", DType.I64, (4,), seed=number)])
+        write_safetensors(
+            path,
+            [random_raw("w", DType.BF16, (4,), seed=number), random_raw("n", DType.I64, (4,), seed=number)],
+        )
         write_trainer_state(path, number, every=1)
         paths.append(path)
     with engine.plan(trajectory.from_checkpoints(paths).points) as plan:
@@ -195,7 +208,9 @@ def test_transformers_loads_the_result(tmp_path: Path, max_shard_size: str) -> N
     for name, tensor in model.state_dict().items():
         mean = sum(source[name].double() for source in sources) / 3
         assert torch.equal(tensor, mean.float()), name
-    assert AutoTokenizer.from_pretrained(out).encode("ab") == AutoTokenizer.from_pretrained(paths[0]).encode("ab")
+    assert AutoTokenizer.from_pretrained(out).encode("ab") == AutoTokenizer.from_pretrained(paths[0]).encode(
+        "ab"
+    )
 
 
 def test_another_output_type_is_what_transformers_loads(tmp_path: Path) -> None:
@@ -236,7 +251,9 @@ def test_the_record_says_what_it_was_made_from(tmp_path: Path) -> None:
     assert source_file["size_bytes"] == (paths[0] / "model.safetensors").stat().st_size
     assert source_file["sha256"] == hashlib.sha256((paths[0] / "model.safetensors").read_bytes()).hexdigest()
     output = record["outputs"][0]
-    assert output["sha256"] == hashlib.sha256((tmp_path / "out" / "model.safetensors").read_bytes()).hexdigest()
+    assert (
+        output["sha256"] == hashlib.sha256((tmp_path / "out" / "model.safetensors").read_bytes()).hexdigest()
+    )
 
 
 def test_a_window_is_the_same_bits_whatever_the_order_given(tmp_path: Path) -> None:
@@ -316,7 +333,9 @@ def peak_mib(run: Path, last: int, out: Path) -> float:
         f"subprocess.run({command!r}, check=True, stdout=subprocess.DEVNULL);"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
-    printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    printed = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    ).stdout
     return int(printed) / 1024
 
 
@@ -351,7 +370,8 @@ def test_planning_needs_no_torch(tmp_path: Path) -> None:
     paths = tiny_run(tmp_path / "run", steps=2)
     script = (
         "import sys; from pathlib import Path; from pma import engine, trajectory;"
-        f"engine.plan(trajectory.from_checkpoints([Path({str(paths[0])!r}), Path({str(paths[1])!r})]).points);"
+        f"engine.plan(trajectory.from_checkpoints([Path({str(paths[0])!r}), "
+        f"Path({str(paths[1])!r})]).points);"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +29,12 @@ class PlainReader:
         self._delay = delay
         listing = json.loads((path / "listing.json").read_text())
         self.tensors: Mapping[str, TensorSpec] = {
-            t["name"]: TensorSpec(name=t["name"], dtype=DType[t["dtype"]], shape=tuple(t["shape"])) for t in listing["tensors"]
+            t["name"]: TensorSpec(name=t["name"], dtype=DType[t["dtype"]], shape=tuple(t["shape"]))
+            for t in listing["tensors"]
         }
         self._fragments = [
-            Fragment(**{**f, "box": tuple(map(tuple, f["box"])) if f["box"] else None}) for f in listing["fragments"]
+            Fragment(**{**f, "box": tuple(map(tuple, f["box"])) if f["box"] else None})
+            for f in listing["fragments"]
         ]
         self.meta = CheckpointMeta()
 
@@ -53,13 +56,16 @@ class PlainReader:
         files = sorted({f.file for f in self._fragments})
         stats = {file: (self.path / file).stat() for file in files}
         return tuple(
-            FileIdentity(name=n, size_bytes=s.st_size, mtime_ns=s.st_mtime_ns, header_digest="") for n, s in stats.items()
+            FileIdentity(name=n, size_bytes=s.st_size, mtime_ns=s.st_mtime_ns, header_digest="")
+            for n, s in stats.items()
         )
 
     def close(self) -> None: ...
 
 
-def save(folder: Path, tensors: Sequence[Raw], files: Mapping[str, bytes], fragments: Sequence[Fragment]) -> Path:
+def save(
+    folder: Path, tensors: Sequence[Raw], files: Mapping[str, bytes], fragments: Sequence[Fragment]
+) -> Path:
     folder.mkdir()
     for name, data in files.items():
         (folder / name).write_bytes(data)
@@ -80,14 +86,20 @@ class TestSlicesAlongTheLastDimension(ReaderContract):
         for raw in tensors:
             whole = np.frombuffer(raw.data, np.uint8).reshape(*raw.spec.shape, raw.spec.dtype.bits // 8)
             cuts = np.linspace(0, raw.spec.shape[-1], self.ranks + 1).astype(int).tolist()
-            for rank, (low, high) in enumerate(zip(cuts, cuts[1:], strict=False)):
+            for rank, (low, high) in enumerate(pairwise(cuts)):
                 if low == high:
                     continue
                 file = f"rank{rank}.bin"
                 data = np.ascontiguousarray(whole[..., low:high, :]).tobytes()
                 box = ((*[0] * (len(raw.spec.shape) - 1), low), (*raw.spec.shape[:-1], high - low))
                 fragments.append(
-                    Fragment(tensor=raw.spec.name, file=file, offset_bytes=len(files[file]), length_bytes=len(data), box=box)
+                    Fragment(
+                        tensor=raw.spec.name,
+                        file=file,
+                        offset_bytes=len(files[file]),
+                        length_bytes=len(data),
+                        box=box,
+                    )
                 )
                 files[file] += data
         return save(folder, tensors, files, fragments)
@@ -142,7 +154,9 @@ def boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int,
 
 
 @given(boxes(), st.data())
-def test_any_range_of_any_box(box: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], data: st.DataObject) -> None:
+def test_any_range_of_any_box(
+    box: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], data: st.DataObject
+) -> None:
     shape, starts, sizes = box
     spec = TensorSpec(name="t", dtype=DType.U16, shape=shape)
     whole = np.arange(spec.element_count, dtype=np.uint16).reshape(shape)
@@ -152,7 +166,9 @@ def test_any_range_of_any_box(box: tuple[tuple[int, ...], tuple[int, ...], tuple
     start = data.draw(st.integers(0, spec.element_count))
     stop = data.draw(st.integers(start, spec.element_count))
     into = np.full(stop - start, 65_535, dtype=np.uint16)
-    for request in range_requests(spec, [fragment], start, stop, memoryview(into).cast("B") if len(into) else memoryview(b"")):
+    for request in range_requests(
+        spec, [fragment], start, stop, memoryview(into).cast("B") if len(into) else memoryview(b"")
+    ):
         request.into[:] = stored[request.offset_bytes : request.offset_bytes + len(request.into)]
     expected = np.full(shape, 65_535, dtype=np.uint16)
     expected[inside] = whole[inside]

@@ -1,4 +1,6 @@
-"""The safetensors reader and writer against the library, every type of the specification, and hostile files."""
+"""The safetensors reader and writer against the library, every type of the specification, and hostile
+files.
+"""
 
 import json
 from contextlib import closing
@@ -65,8 +67,13 @@ class TestWriter(WriterContract):
         return SafetensorsWriter(folder)
 
     def layout(self, tensors: dict[str, TensorSpec]) -> Layout:
-        shards = {name: f"model-{i % self.shards + 1:05}-of-{self.shards:05}.safetensors" for i, name in enumerate(tensors)}
-        return plan_layout(tensors, shards if self.shards > 1 else dict.fromkeys(tensors, "model.safetensors"))
+        shards = {
+            name: f"model-{i % self.shards + 1:05}-of-{self.shards:05}.safetensors"
+            for i, name in enumerate(tensors)
+        }
+        return plan_layout(
+            tensors, shards if self.shards > 1 else dict.fromkeys(tensors, "model.safetensors")
+        )
 
     def read_back(self, folder: Path) -> dict[str, bytes]:
         found = {}
@@ -110,7 +117,10 @@ def test_sub_byte_types_are_understood(tmp_path: Path) -> None:
 
 
 def test_wide_elements_come_first_so_that_all_are_aligned() -> None:
-    specs = {f"t{i}": TensorSpec(name=f"t{i}", dtype=d, shape=(3,)) for i, d in enumerate((DType.U8, DType.F64, DType.BF16))}
+    specs = {
+        f"t{i}": TensorSpec(name=f"t{i}", dtype=d, shape=(3,))
+        for i, d in enumerate((DType.U8, DType.F64, DType.BF16))
+    }
     file = plan_layout(specs, dict.fromkeys(specs, "model.safetensors")).files[0]
     for fragment in file.fragments:
         assert fragment.offset_bytes % (specs[fragment.tensor].dtype.bits // 8) == 0
@@ -149,7 +159,11 @@ def file_with(tmp_path: Path, header: object, data: bytes = bytes(8), *, raw: by
 
 
 def entry(start: int = 0, stop: int = 8, dtype: object = "F32", shape: object = (2,)) -> dict[str, object]:
-    return {"dtype": dtype, "shape": list(shape) if isinstance(shape, tuple) else shape, "data_offsets": [start, stop]}
+    return {
+        "dtype": dtype,
+        "shape": list(shape) if isinstance(shape, tuple) else shape,
+        "data_offsets": [start, stop],
+    }
 
 
 @pytest.mark.parametrize(
@@ -236,7 +250,8 @@ def test_terminal_escapes_in_names_are_not_printed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "shard", ["../outside.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "a\\b.safetensors", "model.bin", ""]
+    "shard",
+    ["../outside.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "a\\b.safetensors", "model.bin", ""],
 )
 def test_an_index_may_not_lead_out_of_the_folder(tmp_path: Path, shard: str) -> None:
     folder = tiny_run(tmp_path, steps=1, shards=2)[0]
@@ -267,7 +282,10 @@ def test_index_and_shards_agree_both_ways(tmp_path: Path) -> None:
 def test_one_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     folder = tiny_run(tmp_path, steps=1, shards=2)[0]
     second = folder / "model-00002-of-00002.safetensors"
-    write_safetensors(tmp_path / "other", [random_raw("embed.weight", DType.BF16, (2,)), random_raw("scale", DType.BF16, ())])
+    write_safetensors(
+        tmp_path / "other",
+        [random_raw("embed.weight", DType.BF16, (2,)), random_raw("scale", DType.BF16, ())],
+    )
     second.write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
     with pytest.raises(FormatError, match="in both"):
         formats.open_checkpoint(folder)
@@ -306,7 +324,11 @@ def test_symbolic_links_are_followed_as_the_hub_cache_needs(tmp_path: Path) -> N
 @given(st.binary(max_size=300))
 def test_no_bytes_whatever_crash_the_parser(tmp_path_factory: pytest.TempPathFactory, noise: bytes) -> None:
     path = tmp_path_factory.mktemp("noise") / "model.safetensors"
-    for content in (noise, len(noise).to_bytes(8, "little") + noise, len(noise).to_bytes(8, "little") + b"{" + noise):
+    for content in (
+        noise,
+        len(noise).to_bytes(8, "little") + noise,
+        len(noise).to_bytes(8, "little") + b"{" + noise,
+    ):
         path.write_bytes(content)
         try:
             read_header(path)

@@ -75,7 +75,7 @@ def test_wrong_folders(tmp_path: Path, make: str) -> None:
         root.mkdir()
     if make == "other things":
         (root / "notes").mkdir()
-    with pytest.raises(InputError, match="expected a run|no checkpoint"):
+    with pytest.raises(InputError, match=r"expected a run|no checkpoint"):
         trajectory.discover([root])
 
 
@@ -165,7 +165,7 @@ def test_runs_and_checkpoints_do_not_mix(tmp_path: Path) -> None:
 def test_phases_of_warmup_stable_decay() -> None:
     rates = [(1, 0.0), (10, 0.5), (20, 1.0), (30, 1.0), (40, 1.0), (50, 0.7), (60, 0.2)]
     assert [phase_at(s, rates).value for s in (1, 10, 20, 30, 40, 45, 50, 60)] == [
-        "warmup", "warmup", "warmup", "stable", "stable", "stable", "decay", "decay",
+        "warmup", "warmup", "stable", "stable", "stable", "stable", "decay", "decay",
     ]  # fmt: skip
 
 
@@ -184,15 +184,24 @@ def test_too_few_rates_are_unknown(rates: list[tuple[int, float]]) -> None:
 def test_a_window_across_phases_is_refused(tmp_path: Path) -> None:
     decay = {80: PEAK_RATE * 0.9, 90: PEAK_RATE * 0.5, 100: PEAK_RATE * 0.1}
     found = run_with_rates(tmp_path, decay)
-    with pytest.raises(UsageError, match=r"crosses phases: step 50 stable.*step 80 decay.*--allow-mixed-phases"):
+    with pytest.raises(
+        UsageError, match=r"crosses phases: step 50 stable.*step 80 decay.*--allow-mixed-phases"
+    ):
         trajectory.select(found, Window(last=6))
-    assert steps(trajectory.select(found, Window(last=6, allow_mixed_phases=True))) == [50, 60, 70, 80, 90, 100]
+    assert steps(trajectory.select(found, Window(last=6, allow_mixed_phases=True))) == [
+        50,
+        60,
+        70,
+        80,
+        90,
+        100,
+    ]
     assert steps(trajectory.select(found, Window(last=3))) == [80, 90, 100]
     assert steps(trajectory.select(found, Window(last=3, at=70))) == [50, 60, 70]
 
 
 def test_a_window_across_two_constant_rates_is_refused(tmp_path: Path) -> None:
-    found = run_with_rates(tmp_path, {s: PEAK_RATE / 10 for s in range(60, 101, 10)})
+    found = run_with_rates(tmp_path, dict.fromkeys(range(60, 101, 10), PEAK_RATE / 10))
     with pytest.raises(UsageError, match="crosses phases"):
         trajectory.select(found, Window(last=7))
     assert steps(trajectory.select(found, Window(last=3))) == [80, 90, 100]
@@ -220,7 +229,9 @@ def test_every_takes_the_nearest_within_a_quarter(tmp_path: Path) -> None:
     found = trajectory.discover([tmp_path])
     assert steps(trajectory.select(found, Window(last=2, every=Steps(50), at=80))) == [30, 80]
     assert steps(trajectory.select(found, Window(last=2, every=Steps(45)))) == [60, 100]
-    with pytest.raises(UsageError, match=r"within a quarter of 20 steps of step 40; there are steps 10 .*30 .*60"):
+    with pytest.raises(
+        UsageError, match=r"within a quarter of 20 steps of step 40; there are steps 10 .*30 .*60"
+    ):
         trajectory.select(found, Window(last=4, every=Steps(20)))
 
 
@@ -237,7 +248,7 @@ def test_tokens_are_needed_for_distances_in_tokens(tmp_path: Path) -> None:
     path = tiny_run(tmp_path, steps=2)[0]
     state = json.loads((path / "trainer_state.json").read_text())
     (path / "trainer_state.json").write_text(json.dumps(state | {"num_input_tokens_seen": 0}))
-    with pytest.raises(UsageError, match="does not record its tokens.*in steps"):
+    with pytest.raises(UsageError, match=r"does not record its tokens.*in steps"):
         trajectory.select(trajectory.discover([tmp_path]), Window(last=2, every=Tokens(1000)))
 
 

@@ -1,7 +1,7 @@
 """The arithmetic of one block: sources in fixed order into a wider accumulator, divided once, cast once.
 
-Inputs of 16 bits accumulate in fp32, inputs of 32 and 64 bits in fp64. Every step is one element-wise IEEE operation
-with no fused multiply-add, so that a result does not depend on block size, vector width or threads.
+Inputs of 16 bits accumulate in fp32, inputs of 32 and 64 bits in fp64. Every step is one element-wise IEEE
+operation with no fused multiply-add, so that a result does not depend on block size, vector width or threads.
 """
 
 # B elements in a block, N checkpoints
@@ -42,8 +42,10 @@ def accumulator_dtype(dtype: DType) -> torch.dtype:
     return torch.float32 if dtype.bits <= 16 else torch.float64
 
 
-def add(accumulator_B: Tensor, values_B: Tensor, scratch: Tensor, *, weight: float | None, first: bool) -> None:
-    """accumulator += weight · values, rounding once after each of the two operations; no weight means 1."""
+def add(
+    accumulator_B: Tensor, values_B: Tensor, scratch: Tensor, *, weight: float | None, first: bool
+) -> None:
+    """Accumulator += weight · values, rounding once after each of the two operations; no weight means 1."""
     for accumulator, values in _tiles(accumulator_B, values_B):
         if first:
             accumulator.copy_(values)  # not zero plus values: that would turn -0 into +0
@@ -58,7 +60,7 @@ def add(accumulator_B: Tensor, values_B: Tensor, scratch: Tensor, *, weight: flo
 
 
 def finish(accumulator_B: Tensor, out_B: Tensor, *, divisor: int | None) -> None:
-    """out = accumulator / divisor, cast once to out's type, to the nearest even."""
+    """Out = accumulator / divisor, cast once to out's type, to the nearest even."""
     if divisor is not None:
         # sum first, divide once: 1/N is not representable and costs 1% of the roundings
         accumulator_B.div_(divisor)
@@ -68,9 +70,11 @@ def finish(accumulator_B: Tensor, out_B: Tensor, *, divisor: int | None) -> None
 
 
 def _rounded_to_odd(values_B: Tensor) -> Tensor:
-    """fp64 to fp32, towards zero with the last bit set if anything was lost: a second rounding, to 16 bits, is then exact.
+    """fp64 to fp32, towards zero with the last bit set if anything was lost: a second rounding, to 16 bits,
+    is then exact.
 
-    Source: Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd", 2008.
+    Source: Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using
+    rounding to odd", 2008.
     """
     nearest_B = values_B.to(torch.float32)
     inexact_B = nearest_B.to(torch.float64) != values_B

@@ -1,8 +1,8 @@
 """Averaging that emulates a learning-rate decay, and the identity between the two.
 
-With θ_j = θ_0 - Σ_(i≤j) g_i and 1 ≥ w_1 ≥ … ≥ w_k ≥ 0:  Σ_j c_j θ_j = θ_0 - Σ_i w_i g_i  for  c_k = w_k,
-c_j = w_j - w_(j+1), c_0 = 1 - w_1. Source: WSM, arXiv 2507.17634, theorem 3.1. It is an identity on the recorded steps,
-not a claim that the optimizer would have taken them.
+With θ_j = θ_0 - Σ_(i≤j) g_i and 1 ≥ w_1 ≥ … ≥ w_k ≥ 0:  Σ_j c_j θ_j = θ_0 - Σ_i w_i g_i  for  c_k = w_k, c_j
+= w_j - w_(j+1), c_0 = 1 - w_1. Source: WSM, arXiv 2507.17634, theorem 3.1. It is an identity on the recorded
+steps, not a claim that the optimizer would have taken them.
 """
 
 # N checkpoints, k = N-1 updates between them; x: progress through the decay, 0 … 1
@@ -39,11 +39,12 @@ DECAYS: Mapping[str, Decay] = {"linear": linear, "cosine": cosine, "1-sqrt": one
 
 
 def decay_weights(decay: Decay, positions: Sequence[float], *, floor: float = 0.0) -> NDArray[np.float64]:
-    """Weights c_i = f(x_i) - f(x_(i+1)) of N checkpoints at `positions` (steps or tokens, ascending), oldest first.
+    """Weights c_i = f(x_i) - f(x_(i+1)) of N checkpoints at `positions` (steps or tokens, ascending), oldest
+    first.
 
-    x_i = (t_i - t_0) / ((t_last - t_0)·N/(N-1)) and x_N = 1, so even spacing gives x_i = i/N. With a floor r the decay
-    ends at r: f becomes r + (1-r) f, and what it leaves goes to the newest. Raises UsageError for positions that do
-    not ascend or a floor outside [0, 1].
+    x_i = (t_i - t_0) / ((t_last - t_0)·N/(N-1)) and x_N = 1, so even spacing gives x_i = i/N. With a floor r
+    the decay ends at r: f becomes r + (1-r) f, and what it leaves goes to the newest. Raises UsageError for
+    positions that do not ascend or a floor outside [0, 1].
     """
     if not 0 <= floor <= 1:
         raise UsageError(f"a decay's floor must lie between 0 and 1, not {floor:g}")
@@ -57,7 +58,8 @@ def decay_weights(decay: Decay, positions: Sequence[float], *, floor: float = 0.
     f_N1 = np.array([*(decay(float(x)) for x in x_N), 0.0])
     f_N1[:count] = floor + (1 - floor) * f_N1[:count]
     f_N1[count] = 0.0
-    return f_N1[:-1] - f_N1[1:]
+    weights_N: NDArray[np.float64] = f_N1[:-1] - f_N1[1:]
+    return weights_N
 
 
 def weights_from_rates(rates_k: Sequence[float]) -> NDArray[np.float64]:

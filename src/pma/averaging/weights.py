@@ -1,6 +1,7 @@
 """Schemes: from the positions of N checkpoints to N weights that sum to 1, oldest first.
 
-Source: arXiv 2505.12082, eq. 3 (SMA), eq. 4 (EMA), eq. 5 (WMA); differs: weights are computed in fp64 and normalised.
+Source: arXiv 2505.12082, eq. 3 (SMA), eq. 4 (EMA), eq. 5 (WMA); differs: weights are computed in fp64 and
+normalised.
 """
 
 # N checkpoints, i = 0 (oldest) … N-1 (newest)
@@ -18,7 +19,9 @@ from pma.errors import UsageError
 Weights = NDArray[np.float64]
 Scheme = Callable[[Sequence[float]], Weights]
 
-SCHEME_NAMES = "sma, wma, ema:ALPHA, ema-normalized:ALPHA, linear, cosine, 1-sqrt (each decay also as NAME:FLOOR)"
+SCHEME_NAMES = (
+    "sma, wma, ema:ALPHA, ema-normalized:ALPHA, linear, cosine, 1-sqrt (each decay also as NAME:FLOOR)"
+)
 
 
 def sma(positions: Sequence[float]) -> Weights:
@@ -29,11 +32,14 @@ def sma(positions: Sequence[float]) -> Weights:
 def wma(positions: Sequence[float]) -> Weights:
     """Weighted moving average: proportional to 1 … N, the newest most."""
     ranks_N = np.arange(1, len(positions) + 1, dtype=np.float64)
-    return ranks_N / ranks_N.sum()
+    weights_N: Weights = ranks_N / ranks_N.sum()
+    return weights_N
 
 
 def ema(alpha: float) -> Scheme:
-    """Exponential moving average as eq. 4 recurses: the oldest checkpoint keeps all the weight the others left."""
+    """Exponential moving average as eq. 4 recurses: the oldest checkpoint keeps all the weight the others
+    left.
+    """
     _check_alpha(alpha)
 
     def weights(positions: Sequence[float]) -> Weights:
@@ -59,7 +65,9 @@ def ema_normalized(alpha: float) -> Scheme:
 
 
 def given(values: Sequence[float]) -> Weights:
-    """Weights the user gives, oldest first. Raises UsageError unless they are finite and sum to 1 within 1e-6."""
+    """Weights the user gives, oldest first. Raises UsageError unless they are finite and sum to 1 within
+    1e-6.
+    """
     weights_N = np.asarray(values, dtype=np.float64)
     if not np.isfinite(weights_N).all() or abs(weights_N.sum() - 1) > 1e-6:
         raise UsageError(f"given weights must be numbers that sum to 1; these sum to {weights_N.sum():g}")

@@ -22,32 +22,41 @@ def register(app: typer.Typer) -> None:
 
 EVAL = """Held-out loss, bits per byte and a cloze task of checkpoints, or of a window merged in memory.
 
-The first model is the baseline that the others are paired with; with --merge it is the window's newest checkpoint. Text
-defaults to what the run held out.
+The first model is the baseline that the others are paired with; with --merge it is the window's newest
+checkpoint. Text defaults to what the run held out.
 
 Example: pma eval run/checkpoint-1500 merged annealed/checkpoint-1800 --text held_out.txt
 
 Example: pma eval run --merge --last 10 --scheme sma,wma,ema:0.2"""
 
-REPORT = """The HTML report of a demo folder or of a run, again: self-contained, opens offline, with PNGs beside it.
+REPORT = """The HTML report of a demo folder or of a run, again: self-contained, opens offline, with PNGs
+beside it.
 
 Example: pma report demo"""
 
 
 def evaluate(
     sources: flags.Sources,
-    text: Annotated[list[Path] | None, typer.Option("--text", help="Held-out text: files or folders, also .xz.")] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Evaluate a window of the run, merged in memory.")] = False,
+    text: Annotated[
+        list[Path] | None, typer.Option("--text", help="Held-out text: files or folders, also .xz.")
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Evaluate a window of the run, merged in memory.")
+    ] = False,
     last: flags.Last = None,
     every: flags.Every = None,
     at: flags.At = None,
     preset: flags.UsePreset = False,
-    scheme: Annotated[str, typer.Option("--scheme", help="With --merge: one scheme, or several with commas.")] = "sma",
+    scheme: Annotated[
+        str, typer.Option("--scheme", help="With --merge: one scheme, or several with commas.")
+    ] = "sma",
     annealed: Annotated[
         Path | None, typer.Option("--annealed", help="An annealed checkpoint: adds the gain recovered.")
     ] = None,
     cloze: Annotated[int, typer.Option("--cloze", help="Number of cloze items; 0 for none.")] = 400,
-    context: Annotated[int | None, typer.Option("--context", help="Tokens the model looks at; its own by default.")] = None,
+    context: Annotated[
+        int | None, typer.Option("--context", help="Tokens the model looks at; its own by default.")
+    ] = None,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
     from pma.evaluation.compare import compare
@@ -86,7 +95,9 @@ def merge_candidates(choice: Choice, schemes: list[str]) -> list[Candidate]:
 
 def report(
     folder: Annotated[Path, typer.Argument(help="A demo folder, or a run.", show_default=False)],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to put it; in the folder by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where to put it; in the folder by default.")
+    ] = None,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
     from pma.reporting import report_folder

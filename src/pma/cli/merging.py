@@ -36,11 +36,13 @@ Without --last it suggests and uses the paper's window for the model's size.
 
 Example: pma plan runs/7b --last 10 --every 8B --scheme wma"""
 
-MERGE = """Average checkpoints into a new checkpoint. Nothing is overwritten; what is interrupted never looks complete.
+MERGE = """Average checkpoints into a new checkpoint. Nothing is overwritten; what is interrupted never looks
+complete.
 
 Example: pma merge runs/7b -o merged --last 10 --every 8B"""
 
-VERIFY = """Is a merge still what was written, and right? Hashes it again, and derives sampled blocks from the sources.
+VERIFY = """Is a merge still what was written, and right? Hashes it again, and derives sampled blocks from the
+sources.
 
 Example: pma verify merged"""
 
@@ -66,7 +68,11 @@ def _show_checkpoint(result: dict[str, Any], *, list_tensors: bool) -> None:
     say(f"{result['real_path']}")
     say(f"  format      {result['format']}, {len(result['files'])} files, {bytes_text(result['bytes'])}")
     if made is not None:
-        steps = f"steps {made['steps'][0]} to {made['steps'][-1]}" if None not in made["steps"] else "steps unknown"
+        steps = (
+            f"steps {made['steps'][0]} to {made['steps'][-1]}"
+            if None not in made["steps"]
+            else "steps unknown"
+        )
         say(f"  merge       {printable(made['scheme'])} of {len(made['steps'])} checkpoints, {steps}")
     else:
         say(f"  complete    {'yes' if result['complete'] else 'no: ' + result['incomplete_because']}")
@@ -74,7 +80,10 @@ def _show_checkpoint(result: dict[str, Any], *, list_tensors: bool) -> None:
         say(f"  tokens      {tokens}")
         say(f"  lr          {_or_unknown(result['learning_rate'])}")
     say(f"  parameters  {count_text(result['parameters'])}, {kind}")
-    say(f"  tensors     {len(result['tensors'])}: " + ", ".join(f"{n} {d}" for d, n in result["dtypes"].items()))
+    say(
+        f"  tensors     {len(result['tensors'])}: "
+        + ", ".join(f"{n} {d}" for d, n in result["dtypes"].items())
+    )
     if list_tensors:
         rows = [(printable(t["name"]), t["dtype"], str(tuple(t["shape"]))) for t in result["tensors"]]
         table(("tensor", "dtype", "shape"), rows)
@@ -171,7 +180,10 @@ def _show_plan(description: dict[str, Any]) -> None:
     say(f"output      {', '.join(description['output_dtypes'])} in {len(description['output_files'])} files")
     say(f"reads       {bytes_text(read)}, writes {bytes_text(written)}")
     say(f"time        {description['seconds_at_1GB_per_second']:g} s on storage that moves 1GB/s")
-    say(f"memory      {bytes_text(description['peak_memory_bytes'])} at most, {description['threads']} threads")
+    say(
+        f"memory      {bytes_text(description['peak_memory_bytes'])} at most, {description['threads']} "
+        "threads"
+    )
     if "suggestion" in description:
         say(f"suggestion  {description['suggestion']}")
 
@@ -198,7 +210,9 @@ def merge(
     allow_nonfinite: flags.Nonfinite = False,
     inside_run: Annotated[bool, typer.Option("--inside-run", help="Allow an output inside the run.")] = False,
     sha256: Annotated[bool, typer.Option("--sha256", help="Also record SHA-256 of the output.")] = False,
-    hash_sources: Annotated[bool, typer.Option("--hash-sources", help="Also record SHA-256 of the sources.")] = False,
+    hash_sources: Annotated[
+        bool, typer.Option("--hash-sources", help="Also record SHA-256 of the sources.")
+    ] = False,
     threads: flags.Threads = 2,
     memory: flags.Memory = flags.DEFAULT_MEMORY,
     json_output: flags.Json = False,
@@ -237,7 +251,8 @@ def merge(
     rate = (done.bytes_read + done.bytes_written) / max(done.seconds, 1e-9)
     if not json_output:
         say(
-            f"{out}: {done.scheme} of {done.checkpoints} checkpoints; read {bytes_text(done.bytes_read)}, wrote "
+            f"{out}: {done.scheme} of {done.checkpoints} checkpoints; read {bytes_text(done.bytes_read)}, "
+            "wrote "
             f"{bytes_text(done.bytes_written)} in {done.seconds:.1f} s ({bytes_text(rate)}/s)"
         )
     return {**asdict(done), "path": str(out)}
@@ -258,12 +273,17 @@ def _counted(planned: Plan, show: Callable[[float, str], None]) -> Callable[[int
 
 def verify(
     out: Annotated[Path, typer.Argument(help="A folder that `pma merge` wrote.", show_default=False)],
-    samples: Annotated[int, typer.Option("--samples", help="Blocks to derive again from the sources; 0 for none.")] = 16,
+    samples: Annotated[
+        int, typer.Option("--samples", help="Blocks to derive again from the sources; 0 for none.")
+    ] = 16,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
     done = engine.verify(out, samples=samples)
     if not json_output:
-        say(f"{out}: {done.chunks_hashed} chunks hashed, {done.blocks_derived} of {done.blocks_total} blocks derived again")
+        say(
+            f"{out}: {done.chunks_hashed} chunks hashed, {done.blocks_derived} of {done.blocks_total} blocks "
+            "derived again"
+        )
         for finding in done.findings:
             say(f"  wrong: {finding}")
         for change in done.sources_changed:

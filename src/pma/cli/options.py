@@ -16,31 +16,46 @@ from pma.types import DType
 from pma.verbs import Choice
 
 Sources = Annotated[
-    list[Path], typer.Argument(metavar="RUN… | CHECKPOINT…", help="Runs, or checkpoints one by one.", show_default=False)
+    list[Path],
+    typer.Argument(metavar="RUN… | CHECKPOINT…", help="Runs, or checkpoints one by one.", show_default=False),
 ]
 Last = Annotated[int | None, typer.Option("--last", metavar="N", help="Average the newest N checkpoints.")]
 Every = Annotated[
-    str | None, typer.Option("--every", metavar="V", help="Distance between them: 8B (tokens) or 400 (steps).")
+    str | None,
+    typer.Option("--every", metavar="V", help="Distance between them: 8B (tokens) or 400 (steps)."),
 ]
 At = Annotated[int | None, typer.Option("--at", metavar="STEP", help="End the window at this step.")]
 UsePreset = Annotated[bool, typer.Option("--preset", help="The paper's window for a model of this size.")]
 SchemeName = Annotated[
     str,
-    typer.Option("--scheme", help="sma, wma, ema:A, ema-normalized:A, or a decay: linear, cosine, 1-sqrt, each also :FLOOR."),
+    typer.Option(
+        "--scheme",
+        help="sma, wma, ema:A, ema-normalized:A, or a decay: linear, cosine, 1-sqrt, each also :FLOOR.",
+    ),
 ]
 Weights = Annotated[
-    str | None, typer.Option("--weights", metavar="W,W,…", help="Given weights, oldest first, instead of a scheme.")
+    str | None,
+    typer.Option("--weights", metavar="W,W,…", help="Given weights, oldest first, instead of a scheme."),
 ]
 OutputDType = Annotated[
     str | None, typer.Option("--dtype", help="Type of averaged tensors: bfloat16, float16, float32, float64.")
 ]
-Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="Leave out tensors, e.g. '*.bias'.")]
-Copy = Annotated[
-    list[str] | None, typer.Option("--copy", metavar="PATTERN", help="Take tensors from the newest checkpoint instead.")
+Exclude = Annotated[
+    list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="Leave out tensors, e.g. '*.bias'.")
 ]
-AsGiven = Annotated[bool, typer.Option("--as-given", help="Checkpoints are named oldest first; do not order by step.")]
-MixedPhases = Annotated[bool, typer.Option("--allow-mixed-phases", help="Average across warmup, stable and decay.")]
-Nonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="Go on where a source holds NaN or infinity.")]
+Copy = Annotated[
+    list[str] | None,
+    typer.Option("--copy", metavar="PATTERN", help="Take tensors from the newest checkpoint instead."),
+]
+AsGiven = Annotated[
+    bool, typer.Option("--as-given", help="Checkpoints are named oldest first; do not order by step.")
+]
+MixedPhases = Annotated[
+    bool, typer.Option("--allow-mixed-phases", help="Average across warmup, stable and decay.")
+]
+Nonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Go on where a source holds NaN or infinity.")
+]
 Threads = Annotated[int, typer.Option("--threads", help="Workers that read and average.")]
 Memory = Annotated[str, typer.Option("--memory", help="Budget for buffers, such as 256MiB.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
@@ -94,7 +109,9 @@ def merge_options(
     try:
         values = tuple(float(part) for part in weights.split(",")) if weights is not None else None
     except ValueError:
-        raise UsageError(f"--weights {weights!r}: expected numbers separated by commas, such as 0.2,0.3,0.5") from None
+        raise UsageError(
+            f"--weights {weights!r}: expected numbers separated by commas, such as 0.2,0.3,0.5"
+        ) from None
     return MergeOptions(
         scheme=scheme,
         weights=values,

@@ -1,4 +1,6 @@
-"""How commands speak: results on stdout (a table, or one JSON object), everything else on stderr, errors as a paragraph."""
+"""How commands speak: results on stdout (a table, or one JSON object), everything else on stderr, errors
+as a paragraph.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str |
 
 @contextmanager
 def progress(title: str, total: float) -> Iterator[Callable[[float, str], None]]:
-    """A bar on stderr: call it with (amount done so far, a few words). Plain lines where stderr is no terminal."""
+    """A bar on stderr: call it with (amount done so far, a few words). Plain lines where stderr is no
+    terminal.
+    """
     if not sys.stderr.isatty():
         yield _plain_lines(title, total)
         return

@@ -26,7 +26,8 @@ def register(app: typer.Typer) -> None:
     app.command("pretrain", help=PRETRAIN)(command(pretrain))
 
 
-DEMO = """The whole story in minutes: pre-train a small model, merge its checkpoints, anneal a fork, evaluate, report.
+DEMO = """The whole story in minutes: pre-train a small model, merge its checkpoints, anneal a fork, evaluate,
+report.
 
 Needs no data and no network. The same command goes on where it was stopped.
 
@@ -34,8 +35,8 @@ Example: pma demo -o demo"""
 
 PRETRAIN = """Pre-train a recipe at constant learning rate, or anneal a fork of such a run.
 
-RECIPE is a TOML file or one of nano-dense, nano-moe, micro-dense, micro-moe, small-dense, small-moe. The same command
-goes on where it was stopped; more --tokens make the run longer.
+RECIPE is a TOML file or one of nano-dense, nano-moe, micro-dense, micro-moe, small-dense, small-moe. The same
+command goes on where it was stopped; more --tokens make the run longer.
 
 Example: pma pretrain nano-dense -o run --text my_texts/
 
@@ -46,7 +47,9 @@ Output = Annotated[Path, typer.Option("--out", "-o", help="The folder.", show_de
 
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder it all goes to.")] = Path("demo"),
-    moe: Annotated[bool, typer.Option("--moe", help="A mixture of experts instead of a dense model.")] = False,
+    moe: Annotated[
+        bool, typer.Option("--moe", help="A mixture of experts instead of a dense model.")
+    ] = False,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
     from pma.cli.comparison import show_comparison
@@ -62,15 +65,26 @@ def demo(
 
 def pretrain(
     out: Output,
-    recipe: Annotated[str | None, typer.Argument(help="A built-in recipe or a TOML file.", show_default=False)] = None,
-    text: Annotated[
-        list[Path] | None, typer.Option("--text", help="Training text: files or folders, also .xz. Default: embedded.")
+    recipe: Annotated[
+        str | None, typer.Argument(help="A built-in recipe or a TOML file.", show_default=False)
     ] = None,
-    tokens: Annotated[str | None, typer.Option("--tokens", help="Length of the run, or of a fork's decay: 250M.")] = None,
-    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="Instead of the recipe's.")] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", help="Training text: files or folders, also .xz. Default: embedded."),
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option("--tokens", help="Length of the run, or of a fork's decay: 250M.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", help="Instead of the recipe's.")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Initial weights and order of the data.")] = None,
-    fork_from: Annotated[Path | None, typer.Option("--fork-from", help="Anneal from this checkpoint.")] = None,
-    anneal: Annotated[str | None, typer.Option("--anneal", help="cosine, linear or 1-sqrt; with --fork-from.")] = None,
+    fork_from: Annotated[
+        Path | None, typer.Option("--fork-from", help="Anneal from this checkpoint.")
+    ] = None,
+    anneal: Annotated[
+        str | None, typer.Option("--anneal", help="cosine, linear or 1-sqrt; with --fork-from.")
+    ] = None,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
     from pma.pretraining import fork
@@ -78,9 +92,13 @@ def pretrain(
 
     if fork_from is not None:
         if recipe is not None or text or learning_rate is not None:
-            raise UsageError("a fork keeps the recipe, text and peak rate of its run; leave RECIPE and those flags out")
+            raise UsageError(
+                "a fork keeps the recipe, text and peak rate of its run; leave RECIPE and those flags out"
+            )
         if anneal is None or tokens is None:
-            raise UsageError("--fork-from needs --anneal cosine|linear|1-sqrt and --tokens, the length of the decay")
+            raise UsageError(
+                "--fork-from needs --anneal cosine|linear|1-sqrt and --tokens, the length of the decay"
+            )
         with training_bar("annealing") as bar:
             made = fork(fork_from, out, anneal=anneal, tokens=parse_tokens(tokens), seed=seed, progress=bar)
     else:

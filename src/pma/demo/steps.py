@@ -74,19 +74,31 @@ class Demo:
         run, name = str(self.run), self.recipe.name
         last, final = str(self.checkpoint(self.steps)), str(self.annealed / f"checkpoint-{self.last_step}")
         merged = [str(self.merged(scheme)) for scheme in SCHEMES]
+        decay = ["--anneal", ANNEAL, "--tokens", str(self.anneal_tokens)]
         lines = [
             ("Pre-train at constant learning rate", ["pma", "pretrain", name, "-o", run]),
             *(
                 (
                     f"Merge the last {LAST} checkpoints: {scheme}",
-                    ["pma", "merge", run, "--last", str(LAST), "--at", str(self.steps), "--scheme", scheme, "-o", out],
+                    [
+                        "pma",
+                        "merge",
+                        run,
+                        "--last",
+                        str(LAST),
+                        "--at",
+                        str(self.steps),
+                        "--scheme",
+                        scheme,
+                        "-o",
+                        out,
+                    ],
                 )
                 for scheme, out in zip(SCHEMES, merged, strict=True)
             ),
             (
                 f"Anneal a fork for {self.anneal_tokens} tokens more",
-                ["pma", "pretrain", "--fork-from", last, "--anneal", ANNEAL]
-                + ["--tokens", str(self.anneal_tokens), "-o", str(self.annealed)],
+                ["pma", "pretrain", "--fork-from", last, *decay, "-o", str(self.annealed)],
             ),
             (
                 "Go on at constant rate for as many tokens, to compare",
@@ -129,6 +141,8 @@ def merge(demo: Demo, scheme: str) -> None:
         found = engine.verify(out, samples=0)
         if found.findings or found.sources_changed:
             wrong = (found.findings + found.sources_changed)[0]
-            raise UsageError(f"{out} does not fit this demo any more ({wrong}); remove it and run the demo again")
+            raise UsageError(
+                f"{out} does not fit this demo any more ({wrong}); remove it and run the demo again"
+            )
         return
     verbs.merge(demo.window(demo.steps), out, MergeOptions(scheme=scheme))

@@ -1,4 +1,6 @@
-"""`pma demo`: pre-train, merge, anneal, evaluate, report. Each step is skipped where its result is there already."""
+"""`pma demo`: pre-train, merge, anneal, evaluate, report. Each step is skipped where its result is there
+already.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from pma import trajectory, verbs
-from pma.demo import steps
+from pma.demo import steps, wording
 from pma.demo.steps import LAST, SCHEMES, Demo, TrainingBar
 from pma.engine import MergeOptions
 from pma.errors import UsageError
 from pma.evaluation import Document
-from pma.evaluation.compare import Row, compare
+from pma.evaluation.compare import compare
 from pma.evaluation.evaluate import Evaluation
 from pma.formats.strict_json import load_object
 from pma.pretraining import load_recipe
@@ -68,7 +70,9 @@ def _enter(demo: Demo) -> None:
     if marker.is_file():
         there = load_object(marker, 4096).get("recipe")
         if there != demo.recipe.name:
-            raise UsageError(f"{demo.folder} holds the demo of {there}, not of {demo.recipe.name}; choose another folder")
+            raise UsageError(
+                f"{demo.folder} holds the demo of {there}, not of {demo.recipe.name}; choose another folder"
+            )
         return
     if demo.folder.exists() and (not demo.folder.is_dir() or any(demo.folder.iterdir())):
         raise UsageError(f"{demo.folder} exists and is not a demo; choose another folder with -o")
@@ -88,8 +92,12 @@ def _evaluations(demo: Demo, annealed: Path, documents: Sequence[Document]) -> d
     return {name: _evaluated(demo, name, choice, documents, cloze=400) for name, choice in candidates.items()}
 
 
-def _evaluated(demo: Demo, name: str, choice: Choice, documents: Sequence[Document], *, cloze: int) -> Evaluation:
-    """The evaluation of `choice`, computed unless it is kept from these very files, this text and these settings."""
+def _evaluated(
+    demo: Demo, name: str, choice: Choice, documents: Sequence[Document], *, cloze: int
+) -> Evaluation:
+    """The evaluation of `choice`, computed unless it is kept from these very files, this text and these
+    settings.
+    """
     options = MergeOptions()
     with verbs.plan(choice, options) as planned:
         content = [[asdict(identity) for identity in source.files] for source in planned.sources]
@@ -98,7 +106,9 @@ def _evaluated(demo: Demo, name: str, choice: Choice, documents: Sequence[Docume
     path = demo.folder / "evaluations" / f"{name.replace(' ', '-').replace(':', '-')}-{key}.json"
     if path.is_file():
         return Evaluation.from_json(json.loads(path.read_text()))
-    evaluation = verbs.evaluate([Candidate(name=name, choice=choice, options=options)], documents, cloze=cloze)[0]
+    evaluation = verbs.evaluate(
+        [Candidate(name=name, choice=choice, options=options)], documents, cloze=cloze
+    )[0]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(evaluation.to_json()) + "\n")
     return evaluation
@@ -109,8 +119,10 @@ def _curve(demo: Demo, annealed: Path, documents: Sequence[Document]) -> list[di
     starts = [Document(name=d.name, text=d.text[:_CURVE_CHARACTERS]) for d in documents]
     every = demo.recipe.run.checkpoint_every_tokens // demo.recipe.tokens_a_step
     first = LAST * every + demo.recipe.optimizer.warmup_steps // every * every
-    marks = [first + (demo.steps - first) * i // (_CURVE_POINTS - 1) // every * every for i in range(_CURVE_POINTS)]
-    points = []
+    marks = [
+        first + (demo.steps - first) * i // (_CURVE_POINTS - 1) // every * every for i in range(_CURVE_POINTS)
+    ]
+    points: list[dict[str, Any]] = []
     for step in [*marks, demo.last_step]:
         tokens = step * demo.recipe.tokens_a_step
         for model, kind, choice in (
@@ -120,7 +132,9 @@ def _curve(demo: Demo, annealed: Path, documents: Sequence[Document]) -> list[di
             loss = _evaluated(demo, f"curve {kind} {step}", choice, starts, cloze=0).loss.value
             points.append({"tokens": tokens, "loss": loss, "model": model, "kind": kind})
     end = _evaluated(demo, "curve annealed", Choice(paths=(annealed,)), starts, cloze=0).loss.value
-    fork_loss = next(p["loss"] for p in points if p["kind"] == "raw" and p["tokens"] == demo.recipe.run.tokens)
+    fork_loss = next(
+        p["loss"] for p in points if p["kind"] == "raw" and p["tokens"] == demo.recipe.run.tokens
+    )
     for tokens, loss in ((demo.recipe.run.tokens, fork_loss), (demo.all_tokens, end)):
         points.append({"tokens": tokens, "loss": loss, "model": "annealed fork", "kind": "annealed"})
     return points
@@ -150,45 +164,16 @@ def _results(
         series_from_log("constant learning rate", "raw", constant, a_step),
         series_from_log("annealed fork", "annealed", fork, a_step, after_step=demo.steps),
     ]
-    kind = "mixture of experts" if "moe" in demo.recipe.name else "dense model"
     return {
         "pma_demo": 1,
         "title": "Pre-trained model averaging: the demo",
-        "lead": f"A small {kind} ({demo.recipe.name}), {count_text(demo.recipe.run.tokens)} tokens at constant learning "
-        f"rate {demo.recipe.optimizer.learning_rate:g}; its last {LAST} checkpoints averaged.",
-        "verdict": _verdict(rows, more),
-        "protocol": f"All models are evaluated on the same {len(documents)} held-out documents; differences are paired "
-        "by document, ± is one standard error over documents. Gain recovered is (last − model) / (last − annealed). "
-        f"Annealing trained {more} tokens longer, so the constant run and its merge at that length stand beside it.",
-        "curve_protocol": f"On the first {_CURVE_CHARACTERS} characters of each held-out document. The annealed fork is "
-        "drawn from where it starts to where it ends.",
+        "lead": wording.lead(demo),
+        "verdict": wording.verdict(demo, rows),
+        "protocol": wording.protocol(demo, len(documents)),
+        "curve_protocol": wording.curve_protocol(_CURVE_CHARACTERS),
         "comparison": comparison,
         "curve": curve,
         "training": [asdict(item) for item in series],
         "commands": demo.commands(),
         "recipe": demo.recipe.to_json(),
     }
-
-
-def _verdict(rows: Sequence[Row], more: str) -> str:
-    """What was found, in a sentence or two; also where it was nothing."""
-    by_name = {row.name: row for row in rows}
-    merge, annealed = by_name["sma"], by_name["annealed"]
-    assert merge.improvement is not None
-    assert annealed.improvement is not None
-    gain = merge.improvement
-    if gain.low <= 0 <= gain.high:
-        return f"The simple average and last cannot be told apart on this text ({gain.value:+.4f} ± {gain.standard_error:.4f})."
-    word = "lowers" if gain.value > 0 else "raises"
-    text = (
-        f"The simple average of the last {LAST} checkpoints {word} held-out loss by {abs(gain.value):.3f} ± "
-        f"{gain.standard_error:.3f} nats a token, for no training."
-    )
-    share = merge.gain_recovered
-    if share is None:
-        return f"{text} Annealing did not change the loss beyond its error, so no share of its gain can be given."
-    return (
-        f"{text} Annealing for {more} tokens more lowers it by {annealed.improvement.value:.3f} ± "
-        f"{annealed.improvement.standard_error:.3f}: the merge recovered {100 * share.value:.0f}% ± "
-        f"{100 * share.standard_error:.0f}% of that gain."
-    )

@@ -1,7 +1,8 @@
 """Cutting an output into blocks: aligned ranges of its files, each made and digested in one piece.
 
-A block is a whole number of digest chunks, so that digests are computed while its bytes are in cache, whoever wrote
-the block and in whatever order. Inside it, neighbouring tensors treated alike form one span and are computed at once.
+A block is a whole number of digest chunks, so that digests are computed while its bytes are in cache, whoever
+wrote the block and in whatever order. Inside it, neighbouring tensors treated alike form one span and are
+computed at once.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class Policy(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Elements `start` to `stop` of a tensor, at `block_offset` bytes of its block. A copied piece counts bytes."""
+    """Elements `start` to `stop` of a tensor, at `block_offset` bytes of its block. A copied piece counts
+    bytes.
+    """
 
     tensor: str
     start: int
@@ -53,7 +56,9 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """`length_bytes` of an output file from `offset_bytes`: constants (offset in the block, bytes) and spans."""
+    """`length_bytes` of an output file from `offset_bytes`: constants (offset in the block, bytes) and
+    spans.
+    """
 
     file: str
     offset_bytes: int
@@ -88,7 +93,9 @@ def cut(
 ) -> Iterator[Block]:
     """The blocks of every output file, in order. `sources` tells each tensor's type in the checkpoints."""
     for file in layout.files:
-        items = sorted((f for f in file.fragments if f.length_bytes), key=lambda fragment: fragment.offset_bytes)
+        items = sorted(
+            (f for f in file.fragments if f.length_bytes), key=lambda fragment: fragment.offset_bytes
+        )
         first = 0
         for start in range(0, file.size_bytes, block_bytes):
             stop = min(start + block_bytes, file.size_bytes)
@@ -120,7 +127,10 @@ def _block(
     for fragment in fragments:
         policy = policies[fragment.tensor]
         dtype_in, dtype_out = sources[fragment.tensor].dtype, outputs[fragment.tensor].dtype
-        low, high = max(fragment.offset_bytes, start), min(fragment.offset_bytes + fragment.length_bytes, stop)
+        low, high = (
+            max(fragment.offset_bytes, start),
+            min(fragment.offset_bytes + fragment.length_bytes, stop),
+        )
         unit = 1 if policy is Policy.COPY_NEWEST else dtype_out.bits // 8
         piece = Piece(
             tensor=fragment.tensor,
@@ -138,12 +148,20 @@ def _block(
         )
         spans = [*spans[:-1], *_joined(spans[-1], span)] if spans else [span]
     return Block(
-        file=file.name, offset_bytes=start, length_bytes=stop - start, constants=tuple(constants), spans=tuple(spans)
+        file=file.name,
+        offset_bytes=start,
+        length_bytes=stop - start,
+        constants=tuple(constants),
+        spans=tuple(spans),
     )
 
 
 def _joined(before: Span, after: Span) -> list[Span]:
-    same = (before.policy, before.dtype_in, before.dtype_out) == (after.policy, after.dtype_in, after.dtype_out)
+    same = (before.policy, before.dtype_in, before.dtype_out) == (
+        after.policy,
+        after.dtype_in,
+        after.dtype_out,
+    )
     if not same or before.block_offset + before.length_bytes != after.block_offset:
         return [before, after]
     joined = Span(

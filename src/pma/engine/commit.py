@@ -1,4 +1,6 @@
-"""Writing a merge: checks, hidden folder, stream, provenance, rename. Whatever happens before, nothing looks complete."""
+"""Writing a merge: checks, hidden folder, stream, provenance, rename. Whatever happens before, nothing
+looks complete.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class Merge:
 
 
 def check_output(plan: Plan, out: Path, *, inside_run: bool = False) -> tuple[str, ...]:
-    """Refuse an output that exists, lies inside the run, or finds no room; returns warnings about its name."""
+    """Refuse an output that exists, lies inside the run, or finds no room; returns warnings about its
+    name.
+    """
     refuse_existing(out)
     target = Path(os.path.realpath(out))
     for source in plan.sources:
@@ -60,7 +64,10 @@ def check_output(plan: Plan, out: Path, *, inside_run: bool = False) -> tuple[st
             "free some space or choose another place"
         )
     if _TRAINER_NAME.search(out.name):
-        return (f"{out.name} is named like a trainer's checkpoint; keep it out of folders that trainers resume from",)
+        return (
+            f"{out.name} is named like a trainer's checkpoint; keep it out of folders that trainers resume "
+            "from",
+        )
     return ()
 
 
@@ -79,8 +86,9 @@ def write(
 ) -> Merge:
     """Carry out `plan` into the new folder `out`.
 
-    Raises UsageError where `out` exists, SpaceError, MismatchError where a source changed meanwhile, Interrupted.
-    `sha256` adds standard digests of the output, `hash_sources` of the sources, both by reading them again.
+    Raises UsageError where `out` exists, SpaceError, MismatchError where a source changed meanwhile,
+    Interrupted. `sha256` adds standard digests of the output, `hash_sources` of the sources, both by reading
+    them again.
     """
     warnings = check_output(plan, out, inside_run=inside_run)
     started = time.monotonic()

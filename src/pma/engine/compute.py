@@ -48,7 +48,7 @@ class BlockWorker:
     def make(self, block: Block) -> memoryview:
         """The block's bytes, valid until the next call. Raises InputError for a value that is not finite."""
         out = self._buffer("out", torch.uint8, block.length_bytes)
-        view = memoryview(out.numpy())
+        view = _view(out)
         for offset, data in block.constants:
             view[offset : offset + len(data)] = data
         copied = [span for span in block.spans if span.policy is Policy.COPY_NEWEST]
@@ -73,7 +73,7 @@ class BlockWorker:
         lengths = [span.element_count * span.dtype_in.bits // 8 for span in spans]
         starts = [0, *np.cumsum([-(-length // 8) * 8 for length in lengths]).tolist()]
         raw = self._buffer("raw", torch.uint8, starts[-1])
-        raw_view = memoryview(raw.numpy())
+        raw_view = _view(raw)
         accumulators = self._accumulators(spans)
         for n, (reader, weight) in enumerate(zip(self._readers, self._weights, strict=True)):
             if self._stop is not None and self._stop.is_set():
@@ -95,7 +95,9 @@ class BlockWorker:
     def _accumulators(self, spans: Sequence[Span]) -> list[Tensor]:
         counts = [_real_count(span) for span in spans]
         dtypes = [accumulate.accumulator_dtype(span.dtype_in) for span in spans]
-        totals = {dtype: sum(c for c, d in zip(counts, dtypes, strict=True) if d == dtype) for dtype in set(dtypes)}
+        totals = {
+            dtype: sum(c for c, d in zip(counts, dtypes, strict=True) if d == dtype) for dtype in set(dtypes)
+        }
         free = {dtype: self._buffer(f"accumulator {dtype}", dtype, total) for dtype, total in totals.items()}
         parts = []
         for count, dtype in zip(counts, dtypes, strict=True):
@@ -115,20 +117,27 @@ class BlockWorker:
             for piece in span.pieces:
                 spec = reader.tensors[piece.tensor]
                 raw = torch.empty((piece.stop - piece.start) * spec.dtype.bits // 8, dtype=torch.uint8)
-                reader.read_many(_requests(reader, spec, piece, memoryview(raw.numpy())))
+                reader.read_many(_requests(reader, spec, piece, _view(raw)))
                 wrong = (~torch.isfinite(_typed(raw, spec.dtype))).nonzero()
                 if len(wrong):
                     value = _typed(raw, spec.dtype)[wrong[0]].item()
-                    index = _index(spec, piece.start + int(wrong[0]) // (_real_count(span) // span.element_count))
+                    index = _index(
+                        spec, piece.start + int(wrong[0]) // (_real_count(span) // span.element_count)
+                    )
                     return InputError(
-                        f"{printable(piece.tensor)}{list(index)} in {reader.path}: {value}; every value must be finite. "
+                        f"{printable(piece.tensor)}{list(index)} in {reader.path}: {value}; every value must "
+                        "be finite. "
                         "Leave that checkpoint out, or go on regardless with --allow-nonfinite"
                     )
         names = ", ".join(printable(piece.tensor) for piece in span.pieces[:3])
-        return InputError(f"{names}: the values are finite but their sum overflows; --allow-nonfinite keeps infinity")
+        return InputError(
+            f"{names}: the values are finite but their sum overflows; --allow-nonfinite keeps infinity"
+        )
 
 
-def _requests(reader: CheckpointReader, spec: TensorSpec, piece: Piece, into: memoryview) -> list[ReadRequest]:
+def _requests(
+    reader: CheckpointReader, spec: TensorSpec, piece: Piece, into: memoryview
+) -> list[ReadRequest]:
     return list(range_requests(spec, reader.fragments(piece.tensor), piece.start, piece.stop, into))
 
 
@@ -144,6 +153,10 @@ def _span_requests(reader: CheckpointReader, span: Span, raw: memoryview, start:
 
 def _real_count(span: Span) -> int:
     return span.element_count * (2 if span.dtype_in is DType.C64 else 1)
+
+
+def _view(raw: Tensor) -> memoryview:
+    return memoryview(raw.numpy())  # type: ignore[arg-type]  # numpy's stubs for 3.11 do not say it is a buffer
 
 
 def _typed(raw: Tensor, dtype: DType) -> Tensor:

@@ -1,4 +1,5 @@
-"""A plan: sources, weights, and for every output tensor what happens to it. Made from headers; nothing else is read.
+"""A plan: sources, weights, and for every output tensor what happens to it. Made from headers; nothing else
+is read.
 
 Every error that can be foreseen surfaces here, before the first byte is written.
 """
@@ -30,9 +31,9 @@ _BASE_MEMORY_BYTES = 240 * 2**20
 class MergeOptions:
     """How to merge; every field is a flag of `pma plan` and `pma merge`.
 
-    `scheme`: see `averaging.scheme`. `weights`: given weights, oldest first, instead of a scheme. `dtype`: element
-    type of averaged tensors, the inputs' own by default. `exclude`, `copy`: patterns of tensor names to leave out, or to
-    take from the newest checkpoint.
+    `scheme`: see `averaging.scheme`. `weights`: given weights, oldest first, instead of a scheme. `dtype`:
+    element type of averaged tensors, the inputs' own by default. `exclude`, `copy`: patterns of tensor names
+    to leave out, or to take from the newest checkpoint.
     """
 
     scheme: str = "sma"
@@ -89,14 +90,18 @@ class Plan:
     @property
     def bytes_to_read(self) -> int:
         averaged = sum(self.tensors[n].length_bytes for n, p in self.policies.items() if p is Policy.AVERAGE)
-        copied = sum(self.tensors[n].length_bytes for n, p in self.policies.items() if p is Policy.COPY_NEWEST)
+        copied = sum(
+            self.tensors[n].length_bytes for n, p in self.policies.items() if p is Policy.COPY_NEWEST
+        )
         return averaged * len(self.sources) + copied
 
     @property
     def peak_memory_bytes(self) -> int:
         largest = max((block.length_bytes for block in self.blocks), default=0)
         workers = min(self.options.threads, max(len(self.blocks), 1))
-        return _BASE_MEMORY_BYTES + int(workers * largest * _worst_ratio(self.tensors, self.policies, self.layout))
+        return _BASE_MEMORY_BYTES + int(
+            workers * largest * _worst_ratio(self.tensors, self.policies, self.layout)
+        )
 
     def partition(self, parts: int) -> list[tuple[Block, ...]]:
         """The blocks in `parts` runs of about equal bytes; several processes can each stream one."""
@@ -151,8 +156,8 @@ def plan(
 ) -> Plan:
     """Plan the merge of `points`, oldest first.
 
-    Raises UsageError for weights that cannot be meant, InputError (MismatchError, FormatError, IncompleteError) for
-    checkpoints that do not fit together or cannot be read.
+    Raises UsageError for weights that cannot be meant, InputError (MismatchError, FormatError,
+    IncompleteError) for checkpoints that do not fit together or cannot be read.
     """
     options = options or MergeOptions()
     weights = _weights(points, options, as_given=as_given)
@@ -167,7 +172,9 @@ def plan(
         _check_same(readers, tensors, excluded)
         policies = {name: _policy(spec, options.copy, newest.path) for name, spec in tensors.items()}
         outputs = {name: _output_spec(spec, policies[name], options.dtype) for name, spec in tensors.items()}
-        assert isinstance(newest, SafetensorsReader)  # the one format so far; its layout is the newest source's
+        assert isinstance(
+            newest, SafetensorsReader
+        )  # the one format so far; its layout is the newest source's
         layout = plan_layout(outputs, shards_like(newest, outputs))
         ratio = _worst_ratio(tensors, policies, layout)
         block_bytes = block_bytes_within(options.memory_bytes, options.threads, ratio)
@@ -210,12 +217,15 @@ def _weights(points: Sequence[TrajectoryPoint], options: MergeOptions, *, as_giv
         scheme = averaging.scheme(options.scheme)
         known = [float(step) for step in steps if step is not None]
         # without steps the order given stands in for them, evenly spaced; that is only allowed as asked for
-        positions = known if len(known) == len(points) and not as_given else [float(i) for i in range(len(points))]
+        positions = (
+            known if len(known) == len(points) and not as_given else [float(i) for i in range(len(points))]
+        )
         weights_N = scheme(positions)
     if None in steps and not as_given and not averaging.equal(weights_N):
         unknown = next(point.path for point in points if point.step is None)
         raise UsageError(
-            f"{unknown} does not record its step, and {_scheme_text(options)} weighs checkpoints by their order; "
+            f"{unknown} does not record its step, and {_scheme_text(options)} weighs checkpoints by their "
+            "order; "
             "say --as-given if they are named oldest first"
         )
     return [float(weight) for weight in weights_N]
@@ -242,7 +252,8 @@ def _check_same(
     for reader in readers[:-1]:
         for name in sorted(tensors.keys() - reader.tensors.keys()):
             raise MismatchError(
-                f"{printable(name)} is in {newest.path} but missing in {reader.path}; leave that checkpoint out, "
+                f"{printable(name)} is in {newest.path} but missing in {reader.path}; leave that checkpoint "
+                "out, "
                 "or the tensor with --exclude"
             )
         for name in sorted(reader.tensors.keys() - tensors.keys() - set(excluded)):
@@ -257,7 +268,8 @@ def _check_same(
                 if found != expected:
                     found, expected = (x.value[0] if isinstance(x, DType) else x for x in (found, expected))
                     raise MismatchError(
-                        f"{printable(name)} in {reader.path}: {what} {found}, expected {expected} as in {newest.path}; "
+                        f"{printable(name)} in {reader.path}: {what} {found}, expected {expected} as in "
+                        f"{newest.path}; "
                         "leave that checkpoint out, or the tensor with --exclude"
                     )
 
@@ -267,7 +279,8 @@ def _policy(spec: TensorSpec, copy: Sequence[str], path: Path) -> Policy:
         return Policy.COPY_NEWEST
     if spec.dtype.kind == "quantised":
         raise InputError(
-            f"{printable(spec.name)} in {path} is {spec.dtype.value[0]}, a quantised type whose values mean nothing "
+            f"{printable(spec.name)} in {path} is {spec.dtype.value[0]}, a quantised type whose values mean "
+            "nothing "
             "without their scales; dequantise the checkpoints to bf16 first"
         )
     return Policy.AVERAGE if spec.dtype.kind in ("float", "complex") else Policy.COPY_NEWEST

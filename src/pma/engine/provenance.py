@@ -1,4 +1,6 @@
-"""`pma.json`: what an output was made from and how, and digests that tell whether it is still what was written."""
+"""`pma.json`: what an output was made from and how, and digests that tell whether it is still what was
+written.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ RECORD_VERSION = 1
 _LARGEST_RECORD_BYTES = 512 * 2**20
 
 
-def record(plan: Plan, digests: Digests, side_files: Mapping[str, str], *, sha256_of: Path | None) -> dict[str, Any]:
+def record(
+    plan: Plan, digests: Digests, side_files: Mapping[str, str], *, sha256_of: Path | None
+) -> dict[str, Any]:
     """The content of `pma.json`. `side_files`: name -> where it was really read from."""
     options = plan.options
     return {
@@ -95,7 +99,9 @@ def check_unchanged(plan: Plan) -> None:
             except FileNotFoundError:
                 raise MismatchError(f"{path} was removed while it was merged; nothing was written") from None
             if (status.st_size, status.st_mtime_ns) != (planned.size_bytes, planned.mtime_ns):
-                raise MismatchError(f"{path} was changed while it was merged; nothing was written. Merge again")
+                raise MismatchError(
+                    f"{path} was changed while it was merged; nothing was written. Merge again"
+                )
 
 
 def load(out: Path) -> dict[str, Any]:

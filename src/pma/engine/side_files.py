@@ -1,4 +1,6 @@
-"""The small files beside the weights, copied from the newest source so that the output can be used at once."""
+"""The small files beside the weights, copied from the newest source so that the output can be used at
+once.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from pma.formats.contracts import CheckpointWriter
 from pma.formats.strict_json import load_object
 from pma.types import DType
 
-# configuration, tokenizer, generation settings, chat template, custom code (copied and listed, never imported)
+# configuration, tokenizer, generation settings, chat template, code (copied and listed, never imported)
 _PATTERNS = (
     "config.json",
     "generation_config.json",
@@ -35,14 +37,18 @@ def find(source: Path) -> list[Path]:
     """The side files of a checkpoint folder, in order of name."""
     if not source.is_dir():
         return []
-    files = sorted(path for path in source.iterdir() if path.is_file() and path.stat().st_size <= _LARGEST_BYTES)
+    files = sorted(
+        path for path in source.iterdir() if path.is_file() and path.stat().st_size <= _LARGEST_BYTES
+    )
     return [path for path in files if any(fnmatchcase(path.name, pattern) for pattern in _PATTERNS)]
 
 
 def copy(source: Path, writer: CheckpointWriter, dtype: DType | None) -> dict[str, str]:
-    """Copy them; returns name -> the real path read. `dtype`: the output's type where it is not the sources' own.
+    """Copy them; returns name -> the real path read. `dtype`: the output's type where it is not the sources'
+    own.
 
-    The type is then put into config.json, because transformers loads weights in the type that the configuration names.
+    The type is then put into config.json, because transformers loads weights in the type that the
+    configuration names.
     """
     copied = {}
     for path in find(source):

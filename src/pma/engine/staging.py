@@ -28,8 +28,8 @@ def staging_folder(out: Path) -> Path:
 def staged(out: Path) -> Iterator[Path]:
     """A hidden folder to build `out` in; renamed to `out` when the block ends well, removed when it fails.
 
-    What a killed process left behind is removed first: its lease is a file lock, which the kernel drops with the
-    process. Raises UsageError where `out` exists or another process builds it now.
+    What a killed process left behind is removed first: its lease is a file lock, which the kernel drops with
+    the process. Raises UsageError where `out` exists or another process builds it now.
     """
     refuse_existing(out)
     folder = staging_folder(out)
@@ -73,7 +73,8 @@ def _take_lease(folder: Path, out: Path) -> int:
         if not locked or holder.get("host", _host()) != _host():
             os.close(descriptor)
             raise UsageError(
-                f"{out} is being written by process {holder.get('pid', '?')} on {holder.get('host', '?')}; wait for "
+                f"{out} is being written by process {holder.get('pid', '?')} on {holder.get('host', '?')}; "
+                "wait for "
                 f"it. If that process is gone for good, remove {folder}"
             )
         if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):

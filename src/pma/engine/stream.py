@@ -1,4 +1,6 @@
-"""Carrying out blocks: worker threads with reused buffers, each block read, averaged, digested and written in one go."""
+"""Carrying out blocks: worker threads with reused buffers, each block read, averaged, digested and written
+in one go.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,14 @@ Progress = Callable[[int], None]
 Digests = dict[tuple[str, int], str]  # (file, chunk number) -> BLAKE3 of that chunk
 
 
-def stream(plan: Plan, blocks: Sequence[Block], part: PartWriter, progress: Progress | None = None) -> Digests:
-    """Make `blocks` and write them through `part`; the result does not depend on threads or on the blocks' order.
+def stream(
+    plan: Plan, blocks: Sequence[Block], part: PartWriter, progress: Progress | None = None
+) -> Digests:
+    """Make `blocks` and write them through `part`; the result does not depend on threads or on the blocks'
+    order.
 
-    Returns the digest of every chunk written. Raises whatever the first failing block raised, and Interrupted.
+    Returns the digest of every chunk written. Raises whatever the first failing block raised, and
+    Interrupted.
     """
     from pma.averaging.accumulate import one_torch_thread
 
@@ -29,7 +35,8 @@ def stream(plan: Plan, blocks: Sequence[Block], part: PartWriter, progress: Prog
     digests: Digests = {}
     with one_torch_thread(), ThreadPoolExecutor(plan.options.threads) as pool:
         workers = [
-            pool.submit(_work, plan, queue, lock, stop, part, digests, progress) for _ in range(plan.options.threads)
+            pool.submit(_work, plan, queue, lock, stop, part, digests, progress)
+            for _ in range(plan.options.threads)
         ]
         try:
             _wait(workers)
@@ -59,7 +66,9 @@ def _work(
     from pma.engine.compute import BlockWorker
 
     with one_torch_thread():  # the setting is the calling thread's own
-        worker = BlockWorker(plan.readers, plan.weights, allow_nonfinite=plan.options.allow_nonfinite, stop=stop)
+        worker = BlockWorker(
+            plan.readers, plan.weights, allow_nonfinite=plan.options.allow_nonfinite, stop=stop
+        )
         while not stop.is_set():
             with lock:
                 block = next(queue, None)

@@ -1,4 +1,6 @@
-"""Is an output still what was written, and is what was written right? Re-hash it; re-derive blocks from the sources."""
+"""Is an output still what was written, and is what was written right? Re-hash it; re-derive blocks from
+the sources.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +34,11 @@ class Verification:
 
 
 def verify(out: Path, *, samples: int = 16) -> Verification:
-    """Re-hash every chunk of `out`, and re-derive `samples` blocks, spread evenly, from the sources (0 for none).
+    """Re-hash every chunk of `out`, and re-derive `samples` blocks, spread evenly, from the sources (0 for
+    none).
 
-    Raises FormatError where `out` holds no record of ours. Sources that changed or are gone are reported, and their
-    blocks are then not derived.
+    Raises FormatError where `out` holds no record of ours. Sources that changed or are gone are reported, and
+    their blocks are then not derived.
     """
     value = provenance.load(out)
     try:
@@ -138,7 +141,9 @@ def _derive(again: Plan, out: Path, blocks: Sequence[Block]) -> list[str]:
                 os.close(descriptor)
             expected = worker.make(block)
             if written != expected:
-                findings.append(f"{out / block.file}: {_differing(block, written, expected)} is not what the sources give")
+                findings.append(
+                    f"{out / block.file}: {_differing(block, written, expected)} is not what the sources give"
+                )
     return findings
 
 

@@ -1,4 +1,5 @@
-"""Held-out loss, bits per byte and a cloze task; one code for checkpoints and for merges that were not written.
+"""Held-out loss, bits per byte and a cloze task; one code for checkpoints and for merges that were not
+written.
 
 `model` and `scoring` need torch; they are imported where they are used.
 """

@@ -19,7 +19,9 @@ CONTINUATION_CHARACTERS = 40
 
 @dataclass(frozen=True, kw_only=True)
 class ClozeItem:
-    """A context, four continuations of about one length, and which of them is true. `document`: where it is from."""
+    """A context, four continuations of about one length, and which of them is true. `document`: where it
+    is from.
+    """
 
     document: int
     context: str
@@ -28,17 +30,23 @@ class ClozeItem:
 
 
 def cloze_items(documents: Sequence[Document], count: int = 400, seed: int = 0) -> list[ClozeItem]:
-    """`count` items, the same for the same documents and seed. Raises InputError for fewer than four usable documents."""
+    """`count` items, the same for the same documents and seed. Raises InputError for fewer than four
+    usable documents.
+    """
     cut = random.Random(seed)
     needed = 2 * (CONTEXT_CHARACTERS + CONTINUATION_CHARACTERS)
     usable = [d for d, document in enumerate(documents) if len(document.text) >= needed]
     if len(usable) < 4:
-        raise InputError(f"a cloze task needs four documents of {needed} characters; the text has {len(usable)}")
+        raise InputError(
+            f"a cloze task needs four documents of {needed} characters; the text has {len(usable)}"
+        )
     items = []
     for _ in range(count):
         here, *others = cut.sample(usable, 4)
         context, true = _excerpt(documents[here].text, cut)
-        choices = [true, *(_excerpt(documents[other].text, cut)[1] for other in others)]
+        choices = [true]
+        for other in others:
+            choices.append(_foreign(documents[other].text, choices, cut))
         order = cut.sample(range(4), 4)
         items.append(
             ClozeItem(
@@ -59,6 +67,19 @@ def cloze_correct(scorer: Scorer, items: Sequence[ClozeItem]) -> NDArray[np.bool
     answers = np.array([item.answer for item in items])
     correct: NDArray[np.bool_] = nats_a_byte.argmin(axis=1) == answers
     return correct
+
+
+def _foreign(text: str, taken: Sequence[str], cut: random.Random) -> str:
+    """A continuation that is none of those `taken`, or no question would be left. Raises InputError where
+    there is none.
+    """
+    for _ in range(100):
+        continuation = _excerpt(text, cut)[1]
+        if continuation not in taken:
+            return continuation
+    raise InputError(
+        "the held-out documents are too much alike for a cloze task; leave it out with --cloze 0"
+    )
 
 
 def _excerpt(text: str, cut: random.Random) -> tuple[str, str]:

@@ -1,4 +1,6 @@
-"""A table of models against last: loss, bits per byte, cloze, paired differences, and the share of annealing's gain."""
+"""A table of models against last: loss, bits per byte, cloze, paired differences, and the share of
+annealing's gain.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,8 @@ from pma.evaluation.text import Document
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What one model scored on one text. `nats` and `tokens` are per document; `cloze` per item, empty if not asked for.
+    """What one model scored on one text. `nats` and `tokens` are per document; `cloze` per item, empty if not
+    asked for.
 
     `text_digest` tells whether two evaluations are of the same text with the same settings.
     """
@@ -50,13 +51,19 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Summary and raw values."""
-        summary = {"loss": asdict(self.loss), "bits_per_byte": self.bits_per_byte, "cloze": self.cloze_accuracy}
+        summary = {
+            "loss": asdict(self.loss),
+            "bits_per_byte": self.bits_per_byte,
+            "cloze": self.cloze_accuracy,
+        }
         return {"name": self.name, "summary": summary, "raw": asdict(self)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Evaluation:
         """The inverse of `to_json`."""
-        raw = {key: tuple(item) if isinstance(item, list) else item for key, item in value["raw"].items()}
+        raw: dict[str, Any] = {
+            key: tuple(item) if isinstance(item, list) else item for key, item in value["raw"].items()
+        }
         return cls(**raw)
 
 
@@ -65,7 +72,7 @@ def evaluate(name: str, scorer: Scorer, documents: Sequence[Document], *, cloze:
     texts = [document.text for document in documents]
     nats_D, tokens_D = document_losses(scorer, texts)
     items = cloze_items(documents, cloze) if cloze else []
-    correct = cloze_correct(scorer, items) if items else []
+    correct = tuple(map(bool, cloze_correct(scorer, items))) if items else ()
     settings = f"{scorer.context_tokens} {cloze} "
     return Evaluation(
         name=name,
@@ -74,13 +81,15 @@ def evaluate(name: str, scorer: Scorer, documents: Sequence[Document], *, cloze:
         text_bytes=sum(len(text.encode("utf-8")) for text in texts),
         nats=tuple(map(float, nats_D)),
         tokens=tuple(map(int, tokens_D)),
-        cloze=tuple(map(bool, correct)),
+        cloze=correct,
         cloze_documents=tuple(item.document for item in items),
     )
 
 
 def loss_difference(a: Evaluation, b: Evaluation) -> Estimate:
-    """Loss of a minus loss of b, paired by document. Raises InputError where they are not of the same tokens."""
+    """Loss of a minus loss of b, paired by document. Raises InputError where they are not of the same
+    tokens.
+    """
     _check_same_text(a, b)
     return paired_difference(a.nats, b.nats, a.tokens)
 

@@ -1,4 +1,6 @@
-"""A model that scores text, from tensors: the same code for a checkpoint and for a merge that was never written."""
+"""A model that scores text, from tensors: the same code for a checkpoint and for a merge that was never
+written.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ _LONGEST_CONTEXT_TOKENS = 2_048
 def load_scorer(tensors: Mapping[str, Tensor], like: Path, *, context_tokens: int | None = None) -> Scorer:
     """A transformers model with these `tensors`, configuration and tokenizer from checkpoint `like`.
 
-    Code that a checkpoint brings along is never run. Raises InputError where tensors and configuration do not fit.
+    Code that a checkpoint brings along is never run. Raises InputError where tensors and configuration do not
+    fit.
     """
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -34,7 +37,8 @@ def load_scorer(tensors: Mapping[str, Tensor], like: Path, *, context_tokens: in
         tokenizer = AutoTokenizer.from_pretrained(like, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"{like} cannot be evaluated: its configuration or tokenizer is missing or unknown to transformers "
+            f"{like} cannot be evaluated: its configuration or tokenizer is missing or unknown to "
+            "transformers "
             f"({printable(str(error))})"
         ) from error
     with torch.device("meta"):
@@ -44,7 +48,9 @@ def load_scorer(tensors: Mapping[str, Tensor], like: Path, *, context_tokens: in
     )
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])]
     if wrong:
-        raise InputError(f"{like}: its configuration does not fit its tensors, for example {printable(sorted(wrong)[0])}")
+        raise InputError(
+            f"{like}: its configuration does not fit its tensors, for example {printable(sorted(wrong)[0])}"
+        )
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     longest = getattr(config, "max_position_embeddings", None) or _LONGEST_CONTEXT_TOKENS
     return Scorer(

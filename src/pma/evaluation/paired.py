@@ -1,7 +1,8 @@
 """Two models on the same documents: the difference of their means, and how sure it is.
 
-Documents are the unit of chance: tokens of one document are not independent. Means are over tokens (or items), so a
-mean is a ratio of sums over documents; its error comes from the documents' residuals (the linearised ratio estimator).
+Documents are the unit of chance: tokens of one document are not independent. Means are over tokens (or
+items), so a mean is a ratio of sums over documents; its error comes from the documents' residuals (the
+linearised ratio estimator).
 """
 
 # D documents; value_D: a document's summed nats (or right answers), count_D: its tokens (or items)
@@ -43,7 +44,9 @@ def paired_difference(value_a_D: ArrayLike, value_b_D: ArrayLike, count_D: Array
     return mean_estimate(difference, count_D)
 
 
-def gain_recovered(last_D: ArrayLike, merge_D: ArrayLike, annealed_D: ArrayLike, count_D: ArrayLike) -> Estimate | None:
+def gain_recovered(
+    last_D: ArrayLike, merge_D: ArrayLike, annealed_D: ArrayLike, count_D: ArrayLike
+) -> Estimate | None:
     """(last - merge) / (last - annealed) of mean losses; None where the denominator's interval contains 0."""
     last, merge, annealed = (np.asarray(x, dtype=np.float64) for x in (last_D, merge_D, annealed_D))
     denominator = paired_difference(last, annealed, count_D)
@@ -68,5 +71,6 @@ def _interval(value: float, residuals_D: Values) -> Estimate:
 def by_document(document_of: Sequence[int], values: ArrayLike, documents: int) -> tuple[Values, Values]:
     """Sums and counts of per-item `values` over the documents they come from, shapes (D,) and (D,)."""
     index = np.asarray(document_of)
-    sums = np.bincount(index, weights=np.asarray(values, dtype=np.float64), minlength=documents)
-    return sums, np.bincount(index, minlength=documents).astype(np.float64)
+    sums: Values = np.bincount(index, np.asarray(values, dtype=np.float64), documents).astype(np.float64)
+    counts: Values = np.bincount(index, minlength=documents).astype(np.float64)
+    return sums, counts

@@ -42,7 +42,9 @@ class Scorer:
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token is not None:
                 return token
-        raise InputError("the tokenizer has neither a beginning- nor an end-of-text token to start a document with")
+        raise InputError(
+            "the tokenizer has neither a beginning- nor an end-of-text token to start a document with"
+        )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without special tokens."""
@@ -54,8 +56,8 @@ def document_losses(
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Nats and token counts of each document, shapes (D,) and (D,).
 
-    A document is cut into windows of C tokens that do not overlap, each starting afresh; every token is predicted
-    once, the first of a document from the start token.
+    A document is cut into windows of C tokens that do not overlap, each starting afresh; every token is
+    predicted once, the first of a document from the start token.
     """
     windows: list[tuple[int, list[int], int]] = []  # (document, C+1 tokens, how many of them are given)
     for d, text in enumerate(texts):
@@ -74,7 +76,9 @@ def document_losses(
 
 
 def continuation_nats(scorer: Scorer, pairs: Sequence[tuple[str, str]]) -> NDArray[np.float64]:
-    """-log p(continuation | context) in nats of each pair; a long context loses its beginning, never its end."""
+    """-log p(continuation | context) in nats of each pair; a long context loses its beginning, never its
+    end.
+    """
     windows = []
     for index, (context, continuation) in enumerate(pairs):
         given = [scorer.start_token, *scorer.encode(context)]
@@ -99,7 +103,9 @@ def _batches(
 
 
 def _window_nats(scorer: Scorer, batch: Sequence[tuple[int, list[int], int]]) -> list[float]:
-    """Summed nats of each window's tokens that are not given. Padding is to the right, where causality hides it."""
+    """Summed nats of each window's tokens that are not given. Padding is to the right, where causality
+    hides it.
+    """
     longest = max(len(tokens) for _, tokens, _ in batch)
     ids_WC = torch.full((len(batch), longest), scorer.start_token)
     wanted_WC = torch.zeros((len(batch), longest - 1), dtype=torch.bool)

@@ -1,4 +1,6 @@
-"""Text as documents: files and folders, plain or .xz; documents of one file are separated by a line `<|endoftext|>`."""
+"""Text as documents: files and folders, plain or .xz; documents of one file are separated by a line
+`<|endoftext|>`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ class Document:
 
 
 def read_documents(paths: Sequence[Path]) -> list[Document]:
-    """The documents below `paths`, in order of file name. Raises InputError for what is missing, empty or not text."""
+    """The documents below `paths`, in order of file name. Raises InputError for what is missing, empty or
+    not text.
+    """
     documents = [document for path in paths for file in _files(path) for document in _read(file)]
     if not documents:
         raise InputError(f"{', '.join(map(str, paths))} holds no text")
@@ -51,7 +55,9 @@ def _read(path: Path) -> Iterator[Document]:
         data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
         text = data.decode("utf-8")
     except (UnicodeDecodeError, lzma.LZMAError) as error:
-        raise InputError(f"{path} is not UTF-8 text{' in .xz' if path.suffix == '.xz' else ''}: {error}") from error
+        raise InputError(
+            f"{path} is not UTF-8 text{' in .xz' if path.suffix == '.xz' else ''}: {error}"
+        ) from error
     for number, part in enumerate(text.split(f"\n{SEPARATOR}\n")):
         cleaned = part.removesuffix(f"\n{SEPARATOR}").strip("\n")
         if cleaned.strip():

@@ -1,4 +1,6 @@
-"""Bytes <-> named tensors, one module a format. Built-in formats first, then those of the entry-point group `pma.formats`."""
+"""Bytes <-> named tensors, one module a format. Built-in formats first, then those of the entry-point
+group `pma.formats`.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ class FormatModule(Protocol):
 
 def _formats() -> Iterator[FormatModule]:
     for name in _BUILT_IN:
-        yield import_module(name)  # type: ignore[misc]  # a module satisfies the protocol structurally
+        yield import_module(name)
     # asked only when no built-in format fits: scanning the installed distributions takes tens of milliseconds
     for entry_point in entry_points(group="pma.formats"):
         yield entry_point.load()
@@ -40,11 +42,15 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def open_checkpoint(path: Path) -> CheckpointReader:
-    """Open the checkpoint at `path` with the format that recognises it. Raises FormatError where none does."""
+    """Open the checkpoint at `path` with the format that recognises it. Raises FormatError where none
+    does.
+    """
     if not path.exists():
         raise FormatError(f"{path} does not exist")
     for module in _formats():
         if module.detect(path):
             return module.open_reader(path)
     what = "a folder without safetensors files" if path.is_dir() else "a file that is not *.safetensors"
-    raise FormatError(f"{path} is {what}; expected a checkpoint, such as a folder with model.safetensors in it")
+    raise FormatError(
+        f"{path} is {what}; expected a checkpoint, such as a folder with model.safetensors in it"
+    )

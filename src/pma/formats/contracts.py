@@ -1,7 +1,7 @@
 """What a checkpoint format gives the rest of PMA: a reader, a writer, and `detect(path)`.
 
-A format is one module with `detect`, `open_reader` and (where it can be written) a writer. The conformance suites in
-`pma.testing` hold each of them to what is written here.
+A format is one module with `detect`, `open_reader` and (where it can be written) a writer. The conformance
+suites in `pma.testing` hold each of them to what is written here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class ReadRequest:
 
 
 class CheckpointReader(Protocol):
-    """Named tensors of one checkpoint, read by position. Opening reads headers only; every method is thread-safe."""
+    """Named tensors of one checkpoint, read by position. Opening reads headers only; every method is
+    thread-safe.
+    """
 
     format: str
     path: Path
@@ -44,7 +46,9 @@ class CheckpointReader(Protocol):
         """How tensor `name` lies on disk: fragments that cover each of its elements exactly once."""
 
     def read_many(self, requests: Sequence[ReadRequest]) -> None:
-        """Fill every buffer, coalescing neighbours. Raises IncompleteError where a file is shorter than it was."""
+        """Fill every buffer, coalescing neighbours. Raises IncompleteError where a file is shorter than it
+        was.
+        """
 
     def identities(self) -> tuple[FileIdentity, ...]:
         """Size, time and header digest of each file, as they are now."""
@@ -67,7 +71,9 @@ class CheckpointWriter(Protocol):
     """Writes one checkpoint into a folder that nobody else reads yet."""
 
     def create(self, layout: Layout) -> None:
-        """Make every file at its full size, so that a full disk is found before the work. Raises SpaceError."""
+        """Make every file at its full size, so that a full disk is found before the work. Raises
+        SpaceError.
+        """
 
     def open_part(self) -> PartWriter:
         """A handle to write fragments through."""
@@ -82,7 +88,9 @@ class CheckpointWriter(Protocol):
 def range_requests(
     spec: TensorSpec, fragments: Sequence[Fragment], start: int, stop: int, into: memoryview
 ) -> Iterator[ReadRequest]:
-    """Requests that fill `into` with elements `start` to `stop` (row-major) of a tensor, however it lies on disk."""
+    """Requests that fill `into` with elements `start` to `stop` (row-major) of a tensor, however it lies
+    on disk.
+    """
     element_bytes = spec.dtype.bits // 8
     for fragment in fragments:
         for run_start, run_length, offset in _runs(spec, fragment, element_bytes):

@@ -1,4 +1,6 @@
-"""Positional reads from many files with few of them open: short reads are errors, neighbours are read together."""
+"""Positional reads from many files with few of them open: short reads are errors, neighbours are read
+together.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ _MOST_BUFFERS = 512  # a call of preadv takes at most IOV_MAX buffers, 1024 on L
 
 
 class OpenFiles:
-    """A thread-safe cache of open files, so that ten checkpoints of 163 shards stay below the limit of open files.
+    """A thread-safe cache of open files, so that ten checkpoints of 163 shards stay below the limit of open
+    files.
 
     A file in use is never closed: users are counted, and only idle ones beyond `most_idle` go.
     """
@@ -59,7 +62,9 @@ def open_for_reading(path: Path) -> int:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError as error:
-        raise IncompleteError(f"{path} does not exist (any more); a checkpoint needs all of its files") from error
+        raise IncompleteError(
+            f"{path} does not exist (any more); a checkpoint needs all of its files"
+        ) from error
     except OSError as error:
         raise FormatError(f"{path} cannot be opened: {error.strerror}") from error
     if not os.path.isfile(path):
@@ -69,7 +74,9 @@ def open_for_reading(path: Path) -> int:
 
 
 def read_exactly(descriptor: int, offset_bytes: int, buffers: Sequence[memoryview], path: Path) -> None:
-    """Fill `buffers` one after the other from `offset_bytes`. Raises IncompleteError where the file ends before."""
+    """Fill `buffers` one after the other from `offset_bytes`. Raises IncompleteError where the file ends
+    before.
+    """
     waiting = [buffer for buffer in buffers if len(buffer)]
     while waiting:
         try:
@@ -98,7 +105,12 @@ def coalesced(requests: Sequence[ReadRequest]) -> Iterator[tuple[str, int, list[
         else:
             if buffers:
                 yield file, start, buffers
-            file, start, end, buffers = request.file, request.offset_bytes, request.offset_bytes, [request.into]
+            file, start, end, buffers = (
+                request.file,
+                request.offset_bytes,
+                request.offset_bytes,
+                [request.into],
+            )
         end += len(request.into)
     if buffers:
         yield file, start, buffers

@@ -1,4 +1,6 @@
-"""What the transformers Trainer records beside a checkpoint: `trainer_state.json`, and nothing that is a pickle."""
+"""What the transformers Trainer records beside a checkpoint: `trainer_state.json`, and nothing that is a
+pickle.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,11 @@ _LARGEST_STATE_BYTES = 256 * 2**20
 
 
 def read_meta(folder: Path) -> CheckpointMeta:
-    """Step, tokens, learning rate and log of a Trainer's checkpoint; all unknown where there is no `trainer_state.json`.
+    """Step, tokens, learning rate and log of a Trainer's checkpoint; all unknown where there is no
+    `trainer_state.json`.
 
-    The Trainer writes that file last, so a `checkpoint-N` without it is still being written. `num_input_tokens_seen`
-    stays 0 unless the Trainer was told to count, so 0 means unknown.
+    The Trainer writes that file last, so a `checkpoint-N` without it is still being written.
+    `num_input_tokens_seen` stays 0 unless the Trainer was told to count, so 0 means unknown.
     """
     path = folder / STATE_FILE
     if not path.is_file():

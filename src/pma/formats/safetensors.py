@@ -1,4 +1,6 @@
-"""Hugging Face safetensors checkpoints, single or sharded, alone or in a Trainer's `checkpoint-N`: reader and writer."""
+"""Hugging Face safetensors checkpoints, single or sharded, alone or in a Trainer's `checkpoint-N`: reader
+and writer.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ class SafetensorsReader:
         for file, header in self._headers.items():
             for name in header.tensors:
                 if name in self._file_of:
-                    raise FormatError(f"{path}: {printable(name)} is in both {self._file_of[name]} and {file}")
+                    raise FormatError(
+                        f"{path}: {printable(name)} is in both {self._file_of[name]} and {file}"
+                    )
                 self._file_of[name] = file
         if path.is_dir():
             _check_index(path, self._file_of)
@@ -88,7 +92,10 @@ class SafetensorsReader:
             status = os.stat(self._folder / name)
             found.append(
                 FileIdentity(
-                    name=name, size_bytes=status.st_size, mtime_ns=status.st_mtime_ns, header_digest=header.digest
+                    name=name,
+                    size_bytes=status.st_size,
+                    mtime_ns=status.st_mtime_ns,
+                    header_digest=header.digest,
                 )
             )
         return tuple(found)
@@ -98,12 +105,16 @@ class SafetensorsReader:
 
 
 def _shard_names(path: Path) -> list[str]:
-    """The files of a checkpoint, in order of name. Raises FormatError where it is not clear which they are."""
+    """The files of a checkpoint, in order of name. Raises FormatError where it is not clear which they
+    are.
+    """
     if not path.is_dir():
         return [path.name]
     single, index = (path / SINGLE_FILE).is_file(), (path / INDEX_FILE).is_file()
     if single and index:
-        raise FormatError(f"{path} holds both {SINGLE_FILE} and {INDEX_FILE}; which is the model? Remove the stale one")
+        raise FormatError(
+            f"{path} holds both {SINGLE_FILE} and {INDEX_FILE}; which is the model? Remove the stale one"
+        )
     if index:
         return sorted(set(_weight_map(path).values()))
     if single:
@@ -113,7 +124,9 @@ def _shard_names(path: Path) -> list[str]:
         return names
     if not names:
         raise FormatError(f"{path} holds no safetensors file")
-    raise IncompleteError(f"{path} holds {len(names)} safetensors files but no {INDEX_FILE}, which is written last")
+    raise IncompleteError(
+        f"{path} holds {len(names)} safetensors files but no {INDEX_FILE}, which is written last"
+    )
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
@@ -143,8 +156,8 @@ def _check_index(folder: Path, file_of: Mapping[str, str]) -> None:
 def plan_layout(tensors: Mapping[str, TensorSpec], shards: Mapping[str, str]) -> Layout:
     """Where each tensor of an output goes: into the file that `shards` names, wide elements first.
 
-    Descending element size keeps every element aligned to its size, so that blocks cut at multiples of 8 bytes never
-    split one; the order is otherwise the one given.
+    Descending element size keeps every element aligned to its size, so that blocks cut at multiples of 8
+    bytes never split one; the order is otherwise the one given.
     """
     files = []
     for file in dict.fromkeys(shards[name] for name in tensors):
@@ -155,7 +168,11 @@ def plan_layout(tensors: Mapping[str, TensorSpec], shards: Mapping[str, str]) ->
         for spec in inside:
             fragments.append(
                 Fragment(
-                    tensor=spec.name, file=file, offset_bytes=offset, length_bytes=spec.length_bytes, flat_start=0
+                    tensor=spec.name,
+                    file=file,
+                    offset_bytes=offset,
+                    length_bytes=spec.length_bytes,
+                    flat_start=0,
                 )
             )
             offset += spec.length_bytes
@@ -166,7 +183,9 @@ def plan_layout(tensors: Mapping[str, TensorSpec], shards: Mapping[str, str]) ->
 
 
 def shards_like(reader: SafetensorsReader, tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """Which output file each tensor goes to: the one it has in `reader`; a lone file is named as transformers expects."""
+    """Which output file each tensor goes to: the one it has in `reader`; a lone file is named as
+    transformers expects.
+    """
     files = {name: reader.fragments(name)[0].file for name in tensors}
     alone = len(set(files.values())) == 1
     return dict.fromkeys(files, SINGLE_FILE) if alone else files
@@ -215,7 +234,10 @@ class SafetensorsWriter:
             return
         weight_map = {fragment.tensor: file.name for file in files for fragment in file.fragments}
         total = sum(spec.length_bytes for spec in self._layout.tensors.values())
-        index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        index: dict[str, Any] = {
+            "metadata": {"total_size": total},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
         self.write_bytes(INDEX_FILE, json.dumps(index, indent=2).encode("utf-8") + b"\n")
 
 

@@ -1,7 +1,8 @@
 """The header of a safetensors file: parsed strictly, because a checkpoint is untrusted input; and written.
 
-Layout: 8 bytes little-endian header length, a JSON object (name -> dtype, shape, data_offsets; optional `__metadata__`),
-then the tensors' bytes with no hole between them. Source: safetensors 0.8, format specification.
+Layout: 8 bytes little-endian header length, a JSON object (name -> dtype, shape, data_offsets; optional
+`__metadata__`), then the tensors' bytes with no hole between them. Source: safetensors 0.8, format
+specification.
 """
 
 from __future__ import annotations
@@ -43,18 +44,22 @@ def read_header(path: Path) -> Header:
     try:
         file_bytes = os.fstat(descriptor).st_size
         if file_bytes < 8:
-            raise IncompleteError(f"{path} has {file_bytes} bytes; a safetensors file has at least 8. It was cut short")
+            raise IncompleteError(
+                f"{path} has {file_bytes} bytes; a safetensors file has at least 8. It was cut short"
+            )
         length_field = bytearray(8)
         read_exactly(descriptor, 0, [memoryview(length_field)], path)
         header_bytes = int.from_bytes(length_field, "little")
         if header_bytes > LARGEST_HEADER_BYTES:
             raise FormatError(
-                f"{path}: a header of {header_bytes} bytes is announced, at most {LARGEST_HEADER_BYTES} is read; "
+                f"{path}: a header of {header_bytes} bytes is announced, at most {LARGEST_HEADER_BYTES} is "
+                "read; "
                 "this is no safetensors file, or a damaged one"
             )
         if 8 + header_bytes > file_bytes:
             raise IncompleteError(
-                f"{path}: the header should end at byte {8 + header_bytes}, the file at {file_bytes}. It was cut short"
+                f"{path}: the header should end at byte {8 + header_bytes}, the file at {file_bytes}. It was "
+                "cut short"
             )
         text = bytearray(header_bytes)
         read_exactly(descriptor, 8, [memoryview(text)], path)
@@ -78,14 +83,19 @@ def _checked(path: Path, text: bytes, file_bytes: int) -> Header:
         if start != position:
             kind = "overlaps the tensor before it" if start < position else "leaves a hole before it"
             raise FormatError(
-                f"{path}: {printable(spec.name)} {kind}: it starts at byte {start} of the data, expected {position}"
+                f"{path}: {printable(spec.name)} {kind}: it starts at byte {start} of the data, expected "
+                f"{position}"
             )
         position = stop
     expected_bytes = data_start + position
     if file_bytes < expected_bytes:
-        raise IncompleteError(f"{path} has {file_bytes} bytes, its header promises {expected_bytes}. It was cut short")
+        raise IncompleteError(
+            f"{path} has {file_bytes} bytes, its header promises {expected_bytes}. It was cut short"
+        )
     if file_bytes > expected_bytes:
-        raise FormatError(f"{path} has {file_bytes - expected_bytes} bytes that no tensor owns after the last tensor")
+        raise FormatError(
+            f"{path} has {file_bytes - expected_bytes} bytes that no tensor owns after the last tensor"
+        )
     return Header(
         tensors={name: spec for spec, _, _, name in spans},
         offsets_bytes={name: data_start + start for _, start, _, name in spans},
@@ -101,7 +111,9 @@ def _entry(path: Path, name: str, entry: object) -> tuple[TensorSpec, int, int]:
         raise FormatError(f"{where}: expected exactly dtype, shape and data_offsets")
     dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
     if dtype is None:
-        raise FormatError(f"{where}: dtype {printable(str(entry['dtype']))} is not in the safetensors specification")
+        raise FormatError(
+            f"{where}: dtype {printable(str(entry['dtype']))} is not in the safetensors specification"
+        )
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not _naturals(shape) or len(shape) > 64:
         raise FormatError(f"{where}: shape {printable(str(shape))} is not a list of non-negative integers")
@@ -122,7 +134,9 @@ def _naturals(value: object) -> bool:
 
 
 def encode_header(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    """Length field and header for `tensors` stored one after the other, padded so that the data are 8-byte aligned."""
+    """Length field and header for `tensors` stored one after the other, padded so that the data are 8-byte
+    aligned.
+    """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for spec in tensors:

@@ -13,7 +13,9 @@ def load_object(path: Path, largest_bytes: int) -> dict[str, Any]:
     """The JSON object in a small untrusted file. Raises FormatError for anything else."""
     size_bytes = path.stat().st_size
     if size_bytes > largest_bytes:
-        raise FormatError(f"{path} has {size_bytes} bytes; more than {largest_bytes} is not believable for it")
+        raise FormatError(
+            f"{path} has {size_bytes} bytes; more than {largest_bytes} is not believable for it"
+        )
     return parse_object(path.read_bytes(), str(path))
 
 

@@ -1,4 +1,5 @@
-"""The text of a run: the embedded default or the user's, split by document into training and held-out, no near-duplicates.
+"""The text of a run: the embedded default or the user's, split by document into training and held-out, no
+near-duplicates.
 
 The default is the Python standard library's own source: real text, present wherever Python is.
 """
@@ -17,7 +18,9 @@ import numpy as np
 from pma.errors import InputError, MissingExtra
 from pma.evaluation import Document, read_documents
 
-_LEFT_OUT = frozenset({"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "__pycache__"})
+_LEFT_OUT = frozenset(
+    {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "__pycache__"}
+)
 _SMALLEST_BYTES = 200
 # shares of the documents' groups; validation is for choosing (learning rates), held-out only for reporting
 _HELD_OUT, _VALIDATION = 0.12, 0.06
@@ -27,7 +30,9 @@ _PERMUTATIONS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """Documents to train on, to choose by, and to report on; `dropped` near-duplicates went from all three."""
+    """Documents to train on, to choose by, and to report on; `dropped` near-duplicates went from all
+    three.
+    """
 
     training: tuple[Document, ...]
     validation: tuple[Document, ...]
@@ -52,7 +57,8 @@ def load_corpus(paths: Sequence[Path]) -> Corpus:
     for side, members in sides.items():
         if not members:
             raise InputError(
-                f"{source} has {len(kept)} different documents, too few: none fell to {side}. Give more text, or text "
+                f"{source} has {len(kept)} different documents, too few: none fell to {side}. Give more "
+                "text, or text "
                 "with its documents separated by a line <|endoftext|>"
             )
     return Corpus(
@@ -65,7 +71,9 @@ def load_corpus(paths: Sequence[Path]) -> Corpus:
 
 
 def standard_library() -> list[Document]:
-    """Python's own modules, grouped by top-level package, so that a package is never on both sides of the split."""
+    """Python's own modules, grouped by top-level package, so that a package is never on both sides of the
+    split.
+    """
     root = Path(sysconfig.get_path("stdlib"))
     documents = []
     for path in sorted(root.rglob("*.py")):
@@ -89,7 +97,9 @@ def _side(document: Document) -> str:
 
 
 def without_near_duplicates(documents: Sequence[Document]) -> list[Document]:
-    """The documents less those that repeat an earlier one: estimated Jaccard similarity of 5-word shingles ≥ 0.7."""
+    """The documents less those that repeat an earlier one: estimated Jaccard similarity of 5-word shingles
+    ≥ 0.7.
+    """
     try:
         from datasketch import MinHash, MinHashLSH
     except ImportError as error:
@@ -116,8 +126,11 @@ def _shingles(text: str) -> list[int]:
     if len(words) < 5:
         return [int(words.sum() & np.uint64(0xFFFFFFFF))]
     multipliers = np.array([1, 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F], dtype=np.uint64)
-    mixed = sum(words[i : len(words) - 4 + i] * multipliers[i] for i in range(5))
-    return np.unique((mixed >> np.uint64(29)) & np.uint64(0xFFFFFFFF)).tolist()  # type: ignore[union-attr,no-any-return]
+    mixed = np.zeros(len(words) - 4, dtype=np.uint64)
+    for i in range(5):
+        mixed += words[i : len(words) - 4 + i] * multipliers[i]
+    distinct: list[int] = np.unique((mixed >> np.uint64(29)) & np.uint64(0xFFFFFFFF)).tolist()
+    return distinct
 
 
 def hash_word(word: str, _known: dict[str, int] = {}) -> int:  # noqa: B006  # the default is the cache
@@ -129,5 +142,3 @@ def hash_word(word: str, _known: dict[str, int] = {}) -> int:  # noqa: B006  # t
 
 def _already_hashed(value: int) -> int:
     return value
-
-

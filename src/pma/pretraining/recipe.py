@@ -65,14 +65,20 @@ class Recipe:
     def __post_init__(self) -> None:
         run = self.run
         if "model_type" not in self.model:
-            raise UsageError(f"recipe {self.name}: [model] needs model_type, such as \"llama\"")
+            raise UsageError(f'recipe {self.name}: [model] needs model_type, such as "llama"')
         if run.precision not in self.PRECISIONS:
-            raise UsageError(f"recipe {self.name}: precision {run.precision!r}, expected one of {self.PRECISIONS}")
+            raise UsageError(
+                f"recipe {self.name}: precision {run.precision!r}, expected one of {self.PRECISIONS}"
+            )
         if run.batch_sequences % (run.micro_batch_sequences or run.batch_sequences):
-            raise UsageError(f"recipe {self.name}: batch_sequences is not a multiple of micro_batch_sequences")
+            raise UsageError(
+                f"recipe {self.name}: batch_sequences is not a multiple of micro_batch_sequences"
+            )
         for what, value in (("tokens", run.tokens), ("checkpoint_every_tokens", run.checkpoint_every_tokens)):
             if value < self.tokens_a_step:
-                raise UsageError(f"recipe {self.name}: {what} {value} is less than one step's {self.tokens_a_step}")
+                raise UsageError(
+                    f"recipe {self.name}: {what} {value} is less than one step's {self.tokens_a_step}"
+                )
 
     @property
     def tokens_a_step(self) -> int:
@@ -88,9 +94,13 @@ class Recipe:
 
 
 def load_recipe(name_or_path: str) -> Recipe:
-    """A built-in recipe by name, or a TOML file. Raises UsageError for anything else in it or for none such."""
+    """A built-in recipe by name, or a TOML file. Raises UsageError for anything else in it or for none
+    such.
+    """
     path = Path(name_or_path)
-    built_in = {item.name.removesuffix(".toml"): item for item in resources.files("pma.pretraining.recipes").iterdir()}
+    built_in = {
+        item.name.removesuffix(".toml"): item for item in resources.files("pma.pretraining.recipes").iterdir()
+    }
     if name_or_path in built_in and not path.is_file():
         text = built_in[name_or_path].read_text()
     elif path.is_file():
@@ -120,15 +130,18 @@ def from_tables(tables: Mapping[str, Any], where: str) -> Recipe:
 
 def _filled(kind: type[Part], table: Mapping[str, Any], where: str) -> Part:
     hints = get_type_hints(kind)
-    values = {}
+    values: dict[str, Any] = {}
     for name, value in table.items():
         if name not in hints:
             raise UsageError(f"recipe {where}: {name} is unknown; there are {', '.join(hints)}")
         if isinstance(value, str) and hints[name] is int:
             value = parse_tokens(value)
         wanted = (int, float) if hints[name] is float else hints[name]
-        if not isinstance(value, wanted):
-            raise UsageError(f"recipe {where}: {name} is {value!r}, expected {getattr(hints[name], '__name__', hints[name])}")
+        if isinstance(value, bool) or not isinstance(value, wanted):
+            raise UsageError(
+                f"recipe {where}: {name} is {value!r}, expected "
+                f"{getattr(hints[name], '__name__', hints[name])}"
+            )
         values[name] = value
     missing = [field.name for field in fields(kind) if field.default is MISSING and field.name not in values]
     if missing:

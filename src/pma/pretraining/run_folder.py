@@ -1,9 +1,9 @@
 """The folder of a run: what was asked for, the prepared text, and which checkpoint to go on from.
 
-    run.json           recipe, text and fork, as asked for
-    text/              tokenizer, token ids, validation.txt, held_out.txt
-    checkpoint-N/      as the transformers Trainer writes them
-    tensorboard/       event files
+run.json           recipe, text and fork, as asked for
+text/              tokenizer, token ids, validation.txt, held_out.txt
+checkpoint-N/      as the transformers Trainer writes them
+tensorboard/       event files
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def read_record(folder: Path) -> RunRecord:
 
 
 def enter(folder: Path, asked: RunRecord) -> None:
-    """Make the folder and its record, or check that it is the same run. More tokens than before is the same run, longer.
+    """Make the folder and its record, or check that it is the same run. More tokens than before is the same
+    run, longer.
 
     Raises UsageError where the folder holds something else.
     """

@@ -1,4 +1,6 @@
-"""From documents to training sequences: a BPE tokenizer, a file of token ids, and a fixed order to read it in."""
+"""From documents to training sequences: a BPE tokenizer, a file of token ids, and a fixed order to read it
+in.
+"""
 
 from __future__ import annotations
 
@@ -55,9 +57,11 @@ def encode_documents(tokenizer: Any, documents: Sequence[Document]) -> NDArray[n
 
 
 class PackedSequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Sequence i of a run, a pure function of (tokens, seed, i): so resumed and forked runs see the same data.
+    """Sequence i of a run, a pure function of (tokens, seed, i): so resumed and forked runs see the same
+    data.
 
-    The stream is cut into sequences of `context_tokens`; each epoch goes through all of them in an order of its own.
+    The stream is cut into sequences of `context_tokens`; each epoch goes through all of them in an order of
+    its own.
     """
 
     def __init__(self, tokens: NDArray[np.uint32], *, context_tokens: int, count: int, seed: int) -> None:
@@ -67,7 +71,9 @@ class PackedSequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         self._seed = seed
         self._an_epoch = len(tokens) // context_tokens
         if self._an_epoch == 0:
-            raise InputError(f"the training text has {len(tokens)} tokens, less than one sequence of {context_tokens}")
+            raise InputError(
+                f"the training text has {len(tokens)} tokens, less than one sequence of {context_tokens}"
+            )
         self._orders: dict[int, NDArray[np.int64]] = {}
 
     def __len__(self) -> int:

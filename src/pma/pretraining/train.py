@@ -1,4 +1,6 @@
-"""The reference pre-training: a recipe under the transformers Trainer, warmup then constant, a decay only in a fork."""
+"""The reference pre-training: a recipe under the transformers Trainer, warmup then constant, a decay only
+in a fork.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class Pretraining:
     seconds: float
 
 
-def pretrain(recipe: Recipe, out: Path, *, text: Sequence[str] = (), progress: Progress | None = None) -> Pretraining:
+def pretrain(
+    recipe: Recipe, out: Path, *, text: Sequence[str] = (), progress: Progress | None = None
+) -> Pretraining:
     """Train `recipe` into the run folder `out`, going on from its newest complete checkpoint if there is one.
 
     Raises UsageError where `out` holds another run, Interrupted when stopped (the same call goes on).
@@ -42,7 +46,9 @@ def pretrain(recipe: Recipe, out: Path, *, text: Sequence[str] = (), progress: P
     record = RunRecord(recipe=recipe, text=tuple(str(Path(path).resolve()) for path in text))
     run_folder.enter(out, record)
     run_folder.prepare_text(out, recipe, record.text)
-    return _train(out, record, recipe.steps_for(recipe.run.tokens), run_folder.newest_checkpoint(out), progress)
+    return _train(
+        out, record, recipe.steps_for(recipe.run.tokens), run_folder.newest_checkpoint(out), progress
+    )
 
 
 def fork(
@@ -63,15 +69,20 @@ def fork(
     trunk = run_folder.read_record(checkpoint.parent)
     start_step = hf_trainer.read_meta(checkpoint).step
     if trunk.fork is not None:
-        raise UsageError(f"{checkpoint} is of a run that is annealed already; fork from its trunk, {trunk.fork.checkpoint}")
+        raise UsageError(
+            f"{checkpoint} is of a run that is annealed already; fork from its trunk, {trunk.fork.checkpoint}"
+        )
     if start_step is None or start_step < trunk.recipe.optimizer.warmup_steps:
         raise UsageError(
-            f"{checkpoint} is no complete checkpoint after the warmup of {trunk.recipe.optimizer.warmup_steps} steps; "
+            f"{checkpoint} is no complete checkpoint after the warmup of "
+            f"{trunk.recipe.optimizer.warmup_steps} steps; "
             "fork from a later one"
         )
     recipe = trunk.recipe
     steps = start_step + recipe.steps_for(tokens)
-    run = replace(recipe.run, tokens=steps * recipe.tokens_a_step, seed=recipe.run.seed if seed is None else seed)
+    run = replace(
+        recipe.run, tokens=steps * recipe.tokens_a_step, seed=recipe.run.seed if seed is None else seed
+    )
     made = Fork(checkpoint=checkpoint.resolve(), start_step=start_step, anneal=anneal, tokens=tokens)
     record = RunRecord(recipe=replace(recipe, run=run), text=trunk.text, fork=made)
     run_folder.enter(out, record)
@@ -90,7 +101,9 @@ def _train(
         try:
             trainer.train(resume_from_checkpoint=str(newest[0]) if newest else None)
         except KeyboardInterrupt:
-            raise Interrupted(f"pre-training stopped; the same command goes on from the newest checkpoint in {out}") from None
+            raise Interrupted(
+                f"pre-training stopped; the same command goes on from the newest checkpoint in {out}"
+            ) from None
     path, step = run_folder.newest_checkpoint(out) or (newest or (out, 0))
     return Pretraining(
         run=out,
@@ -140,8 +153,9 @@ def _trainer(out: Path, record: RunRecord, steps: int, newest: Path | None, prog
 def _model(recipe: Recipe, tokenizer: Any, checkpoint: Path | None) -> Any:
     """A new model, or the checkpoint's.
 
-    The Trainer's own resume is not enough: transformers 5 stores a mixture's experts one by one but holds them fused,
-    and the Trainer loads by name, not strictly, so a resumed mixture would silently keep freshly drawn experts.
+    The Trainer's own resume is not enough: transformers 5 stores a mixture's experts one by one but holds
+    them fused, and the Trainer loads by name, not strictly, so a resumed mixture would silently keep freshly
+    drawn experts.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
@@ -159,12 +173,15 @@ def _model(recipe: Recipe, tokenizer: Any, checkpoint: Path | None) -> Any:
     set_seed(recipe.run.seed)
     if checkpoint is None:
         return AutoModelForCausalLM.from_config(config)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint, config=config, local_files_only=True, output_loading_info=True
     )
+    model, info = loaded
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if wrong:
-        raise InputError(f"{checkpoint} does not fit the run's recipe, for example {printable(str(wrong[0]))}")
+        raise InputError(
+            f"{checkpoint} does not fit the run's recipe, for example {printable(str(wrong[0]))}"
+        )
     return model
 
 

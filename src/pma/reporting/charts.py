@@ -1,4 +1,8 @@
-"""Charts as Altair specifications, from plain numbers. The same chart is drawn in the page and as a PNG."""
+"""Charts as Altair specifications, from plain numbers. The same chart is drawn in the page and as a PNG.
+
+Names may come from untrusted files: a control character in one would abort the whole process in the PNG
+renderer, so all are escaped.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pma.errors import MissingExtra
+from pma.errors import MissingExtra, printable
 
 # one colour per kind of model, throughout: raw, merged, annealed
 COLOURS = {"raw": "#5b6b7b", "merged": "#d9730d", "annealed": "#2f7d5b"}
 _WIDTH = 640
-_SMOOTHING = 0.1
+_SMOOTHING_REACH = 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,22 +32,35 @@ def training_chart(series: Sequence[Series]) -> Any:
     """Training loss over tokens, smoothed over the raw points, with the learning rate below."""
     alt = _altair()
     loss_rows = [
-        {"model": s.name, "tokens": tokens, "loss": loss, "smoothed": smooth}
+        {"model": printable(s.name), "tokens": tokens, "loss": loss, "smoothed": smooth}
         for s in series
         for (tokens, loss), smooth in zip(s.losses, _smoothed([y for _, y in s.losses]), strict=True)
     ]
-    rate_rows = [{"model": s.name, "tokens": tokens, "rate": rate} for s in series for tokens, rate in s.learning_rates]
-    colour = _colours(alt, {s.name: s.kind for s in series})
-    x = alt.X("tokens:Q", title="training tokens", axis=alt.Axis(format="~s"))
-    losses = [row["smoothed"] for row in loss_rows if row["smoothed"] == row["smoothed"]]
-    y = alt.Y("loss:Q", title="training loss (nats a token)", scale=_scale(alt, losses))
-    base = alt.Chart(alt.Data(values=loss_rows)).encode(x=alt.X("tokens:Q", title=None, axis=alt.Axis(format="~s")))
+    rate_rows = [
+        {"model": printable(s.name), "tokens": tokens, "rate": rate}
+        for s in series
+        for tokens, rate in s.learning_rates
+    ]
+    colour = _colours(alt, {printable(s.name): s.kind for s in series})
+    x = alt.X("tokens:Q", title="training tokens", axis=alt.Axis(format="~s", tickCount=8))
+    y = alt.Y(
+        "loss:Q",
+        title="training loss (nats a token)",
+        scale=_scale(alt, [y for s in series for _, y in s.losses]),
+    )
+    base = alt.Chart(alt.Data(values=loss_rows)).encode(
+        x=alt.X("tokens:Q", title=None, axis=alt.Axis(format="~s", tickCount=8))
+    )
     points = base.mark_circle(size=7, opacity=0.25, clip=True).encode(y=y, color=colour)
     lines = base.mark_line(clip=True).encode(y="smoothed:Q", color=colour)
     rates = (
         alt.Chart(alt.Data(values=rate_rows), width=_WIDTH, height=90)
         .mark_line()
-        .encode(x=x, y=alt.Y("rate:Q", title="learning rate", axis=alt.Axis(format="~e", tickCount=3)), color=colour)
+        .encode(
+            x=x,
+            y=alt.Y("rate:Q", title="learning rate", axis=alt.Axis(format="~e", tickCount=3)),
+            color=colour,
+        )
     )
     upper = (points + lines).properties(width=_WIDTH, height=260)
     return _finished(alt.vconcat(upper, rates).resolve_scale(x="shared"))
@@ -52,27 +69,39 @@ def training_chart(series: Sequence[Series]) -> Any:
 def held_out_chart(points: Sequence[Mapping[str, Any]]) -> Any:
     """Held-out loss over training. `points`: tokens, loss, model (its name) and kind (a key of `COLOURS`)."""
     alt = _altair()
-    colour = _colours(alt, {point["model"]: point["kind"] for point in points})
-    base = alt.Chart(alt.Data(values=[dict(point) for point in points])).encode(
-        x=alt.X("tokens:Q", title="training tokens", axis=alt.Axis(format="~s")),
+    shown = [{**point, "model": printable(point["model"])} for point in points]
+    colour = _colours(alt, {point["model"]: point["kind"] for point in shown})
+    base = alt.Chart(alt.Data(values=shown)).encode(
+        x=alt.X("tokens:Q", title="training tokens", axis=alt.Axis(format="~s", tickCount=8)),
         y=alt.Y("loss:Q", title="held-out loss (nats a token)", scale=alt.Scale(zero=False)),
         color=colour,
         tooltip=["model:N", alt.Tooltip("tokens:Q", format=",d"), alt.Tooltip("loss:Q", format=".4f")],
     )
-    return _finished((base.mark_line() + base.mark_point(filled=True, size=60)).properties(width=_WIDTH, height=280))
+    return _finished(
+        (base.mark_line() + base.mark_point(filled=True, size=60)).properties(width=_WIDTH, height=280)
+    )
 
 
 def comparison_chart(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Bars: how much better than last each model is, with 95% intervals. `rows`: title, kind, value, low, high."""
+    """Bars: how much better than last each model is, with 95% intervals. `rows`: title, kind, value, low,
+    high.
+    """
     alt = _altair()
     kinds = {row["kind"] for row in rows}
-    base = alt.Chart(alt.Data(values=[dict(row) for row in rows])).encode(
-        y=alt.Y("title:N", title=None, sort=[row["title"] for row in rows], axis=alt.Axis(labelLimit=400))
+    shown = [{**row, "title": printable(row["title"])} for row in rows]
+    base = alt.Chart(alt.Data(values=shown)).encode(
+        y=alt.Y("title:N", title=None, sort=[row["title"] for row in shown], axis=alt.Axis(labelLimit=400))
     )
     bars = base.mark_bar(height=20).encode(
-        x=alt.X("value:Q", title="held-out loss below last (nats a token), with 95% interval"),
+        x=alt.X(
+            "value:Q",
+            title="held-out loss below last (nats a token), with 95% interval",
+            axis=alt.Axis(tickCount=6),
+        ),
         color=alt.Color(
-            "kind:N", scale=alt.Scale(domain=sorted(kinds), range=[COLOURS[k] for k in sorted(kinds)]), legend=None
+            "kind:N",
+            scale=alt.Scale(domain=sorted(kinds), range=[COLOURS[k] for k in sorted(kinds)]),
+            legend=None,
         ),
         tooltip=["title:N", alt.Tooltip("value:Q", format=".4f")],
     )
@@ -92,7 +121,9 @@ def _altair() -> Any:
 def _colours(alt: Any, kind_of: Mapping[str, str]) -> Any:
     names = list(dict.fromkeys(kind_of))
     scale = alt.Scale(domain=names, range=[COLOURS[kind_of[name]] for name in names])
-    return alt.Color("model:N", scale=scale, title=None, legend=alt.Legend(orient="top", labelLimit=400))
+    return alt.Color(
+        "model:N", scale=scale, title=None, legend=alt.Legend(orient="top", labelLimit=400, symbolOpacity=1)
+    )
 
 
 def _scale(alt: Any, values: Sequence[float]) -> Any:
@@ -106,10 +137,9 @@ def _scale(alt: Any, values: Sequence[float]) -> Any:
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    smooth: list[float] = []
-    for value in values:
-        smooth.append(value if not smooth else (1 - _SMOOTHING) * smooth[-1] + _SMOOTHING * value)
-    return smooth
+    """Means over a window centred on each point, shorter at the ends: smooth without lagging behind."""
+    reach = [min(i, len(values) - 1 - i, _SMOOTHING_REACH) for i in range(len(values))]
+    return [sum(values[i - r : i + r + 1]) / (2 * r + 1) for i, r in enumerate(reach)]
 
 
 def _finished(chart: Any) -> Any:

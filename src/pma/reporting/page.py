@@ -11,7 +11,9 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A part of a page: a heading, paragraphs, then a table, an Altair chart or commands, whichever there are."""
+    """A part of a page: a heading, paragraphs, then a table, an Altair chart or commands, whichever there
+    are.
+    """
 
     heading: str
     paragraphs: Sequence[str] = ()
@@ -21,15 +23,15 @@ class Section:
     commands: Sequence[tuple[str, str]] = field(default=())
 
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1d2530; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: .3rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
-p.lead { font-size: 1.1rem; } footer { color: #6a7480; font-size: .85rem; margin: 3rem 0 1rem; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid #e3e6ea; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { font-weight: 600; }
-.wide { overflow-x: auto; } .chart { width: 100%; overflow-x: auto; }
-pre { background: #f4f5f7; padding: .5rem .8rem; overflow-x: auto; margin: .2rem 0 .8rem; font-size: .85rem; }
+_DRAW = 'specs.forEach((spec, i) => vegaEmbed("#chart" + i, spec, {actions: false, renderer: "svg"}));'
+_STYLE = """body { font: 16px/1.5 system-ui, sans-serif; color: #1d2530; max-width: 56rem; margin: 2rem auto;
+padding: 0 1rem; } h1 { font-size: 1.6rem; margin-bottom: .3rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0
+.4rem; } p.lead { font-size: 1.1rem; } footer { color: #6a7480; font-size: .85rem; margin: 3rem 0 1rem; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; } th, td { text-align:
+right; padding: .3rem .6rem; border-bottom: 1px solid #e3e6ea; white-space: nowrap; } th:first-child,
+td:first-child { text-align: left; } th { font-weight: 600; } .wide { overflow-x: auto; } .chart { width:
+100%; overflow-x: auto; } pre { background: #f4f5f7; padding: .5rem .8rem; overflow-x: auto; margin: .2rem 0
+.8rem; font-size: .85rem; }
 """
 
 
@@ -52,10 +54,12 @@ def render(title: str, lead: str, sections: Sequence[Section], footer: str) -> s
     body.append(f"<footer>{html.escape(footer)}</footer>")
     script = ""
     if charts:
-        # "</" would end the script element early; in JSON it can be written as "<\/"
-        specs = json.dumps(charts).replace("</", "<\\/")
-        draw = 'specs.forEach((s, i) => vegaEmbed("#chart" + i, s, {actions: false, renderer: "svg"}));'
-        script = f"<script type=\"module\">{vl_convert.javascript_bundle()}\nconst specs = {specs};\n{draw}</script>"
+        # a "<" in a name could end the script element early; in JSON it can be written by its number
+        specs = json.dumps(charts).replace("<", "\\u003c")
+        # the specifications come first: the bundle ends with the snippet that draws them
+        script = (
+            f'<script type="module">const specs = {specs};\n{vl_convert.javascript_bundle(_DRAW)}</script>'
+        )
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         '<link rel="icon" href="data:,">'
@@ -67,4 +71,5 @@ def render(title: str, lead: str, sections: Sequence[Section], footer: str) -> s
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
     lines = ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return f'<div class="wide">{table}</div>'

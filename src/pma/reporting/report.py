@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,21 @@ def _slug(heading: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in heading.lower()).split())
 
 
-def series_from_log(name: str, kind: str, log: TrainingLog, tokens_a_step: int, *, after_step: int = 0) -> Series:
-    """A log as a series over tokens, from `after_step` on."""
+def series_from_log(
+    name: str, kind: str, log: TrainingLog, tokens_a_step: int, *, after_step: int = 0
+) -> Series:
+    """A log as a series over tokens, from `after_step` on; losses that are not finite cannot be drawn."""
     return Series(
         name=name,
         kind=kind,
-        losses=[(step * tokens_a_step, value) for step, value in log.losses if step > after_step],
-        learning_rates=[(step * tokens_a_step, value) for step, value in log.learning_rates if step > after_step],
+        losses=[
+            (step * tokens_a_step, value)
+            for step, value in log.losses
+            if step > after_step and isfinite(value)
+        ],
+        learning_rates=[
+            (step * tokens_a_step, value) for step, value in log.learning_rates if step > after_step
+        ],
     )
 
 
@@ -64,14 +73,22 @@ def _run_sections(folder: Path) -> tuple[str, str, list[Section]]:
     step, tokens = newest.step or 1, newest.tokens
     series = series_from_log(folder.name, "raw", found.log, (tokens or step) // step)
     rows = [
-        (p.path.name, str(p.step), count_text(p.tokens) if p.tokens else "unknown", f"{p.learning_rate}", p.phase.value)
+        (
+            p.path.name,
+            str(p.step),
+            count_text(p.tokens) if p.tokens else "unknown",
+            f"{p.learning_rate}",
+            p.phase.value,
+        )
         for p in found.points
     ]
     lead = f"{len(rows)} checkpoints, the newest at step {newest.step}" + (
         f" after {count_text(tokens)} tokens." if tokens else "."
     )
+    undrawn = len(found.log.losses) - len(series.losses)
+    notes = [f"{undrawn} logged losses are not finite and not drawn."] if undrawn else []
     sections = [
-        Section(heading="Training", chart=training_chart([series])),
+        Section(heading="Training", paragraphs=notes, chart=training_chart([series])),
         Section(heading="Checkpoints", columns=("checkpoint", "step", "tokens", "lr", "phase"), rows=rows),
     ]
     return f"Run {folder.name}", lead, sections
@@ -82,7 +99,11 @@ def _demo_sections(results: Mapping[str, Any]) -> tuple[str, str, list[Section]]
     series = [Series(**item) for item in results["training"]]
     columns, rows = comparison_table(comparison)
     bars = [
-        {"title": row["title"], "kind": row["kind"], **{k: row["improvement"][k] for k in ("value", "low", "high")}}
+        {
+            "title": row["title"],
+            "kind": row["kind"],
+            **{k: row["improvement"][k] for k in ("value", "low", "high")},
+        }
         for row in comparison
         if row["improvement"] is not None
     ]

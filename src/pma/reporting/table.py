@@ -19,7 +19,9 @@ _COLUMNS: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of rows as `evaluation.compare` makes them; columns that no row fills are left out."""
+    """Headings and cells of rows as `evaluation.compare` makes them; columns that no row fills are left
+    out.
+    """
     cells = [[text(row) for _, text in _COLUMNS] for row in rows]
     used = [i for i in range(len(_COLUMNS)) if any(row[i] for row in cells)]
     return [_COLUMNS[i][0] for i in used], [[row[i] for i in used] for row in cells]
@@ -30,4 +32,8 @@ def _with_error(estimate: Mapping[str, float] | None) -> str:
 
 
 def _share(estimate: Mapping[str, float] | None) -> str:
-    return "" if estimate is None else f"{100 * estimate['value']:.0f}% ± {100 * estimate['standard_error']:.0f}%"
+    return (
+        ""
+        if estimate is None
+        else f"{100 * estimate['value']:.0f}% ± {100 * estimate['standard_error']:.0f}%"
+    )

@@ -1,4 +1,6 @@
-"""For authors of formats and for our own tests: conformance suites, a reference twin, builders of tiny real checkpoints."""
+"""For authors of formats and for our own tests: conformance suites, a reference twin, builders of tiny
+real checkpoints.
+"""
 
 from pma.testing.builders import Raw, random_raw, tiny_llama_run, tiny_run
 from pma.testing.contracts import ReaderContract, WriterContract

@@ -46,7 +46,7 @@ def write_safetensors(folder: Path, tensors: Sequence[Raw], shards: int = 1) -> 
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(shards):
         file = "model.safetensors" if shards == 1 else f"model-{number + 1:05}-of-{shards:05}.safetensors"
         inside = {raw.spec.name: _torch_tensor(raw) for raw in tensors[number::shards]}
@@ -110,16 +110,23 @@ def tiny_run(
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     extra: Sequence[Raw] = (),
 ) -> list[Path]:
-    """A run of `steps` checkpoints, `every` steps apart, of random tensors; returns their folders, oldest first.
+    """A run of `steps` checkpoints, `every` steps apart, of random tensors; returns their folders, oldest
+    first.
 
     `extra`: tensors that every checkpoint holds alike. Nothing but numpy and safetensors is needed.
     """
-    shapes = shapes or {"embed.weight": (32, 16), "layer.0.weight": (16, 48), "layer.0.bias": (16,), "scale": ()}
+    shapes = shapes or {
+        "embed.weight": (32, 16),
+        "layer.0.weight": (16, 48),
+        "layer.0.bias": (16,),
+        "scale": (),
+    }
     paths = []
     for number in range(1, steps + 1):
         path = folder / f"checkpoint-{number * every}"
         tensors = [
-            random_raw(name, _SHORT[dtype], shape, seed=1000 * number + i) for i, (name, shape) in enumerate(shapes.items())
+            random_raw(name, _SHORT[dtype], shape, seed=1000 * number + i)
+            for i, (name, shape) in enumerate(shapes.items())
         ]
         write_safetensors(path, [*tensors, *extra], shards)
         (path / "config.json").write_text(json.dumps({"model_type": "tiny", "dtype": "bfloat16"}))
@@ -128,7 +135,9 @@ def tiny_run(
     return paths
 
 
-def tiny_llama_run(folder: Path, steps: int = 3, *, max_shard_size: str = "1GB", dtype: str = "float32") -> list[Path]:
+def tiny_llama_run(
+    folder: Path, steps: int = 3, *, max_shard_size: str = "1GB", dtype: str = "float32"
+) -> list[Path]:
     """Checkpoints of a real transformers Llama with a real tokenizer, weights drawn at random."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers

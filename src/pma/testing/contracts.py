@@ -1,4 +1,5 @@
-"""Conformance suites for formats. Subclass one in a test module, say how your framework writes and reads, and run pytest:
+"""Conformance suites for formats. Subclass one in a test module, say how your framework writes and reads, and
+run pytest:
 
     class TestMine(ReaderContract):
         def write(self, folder, tensors): ...      # by the framework itself, not by the code under test
@@ -62,7 +63,9 @@ class ReaderContract:
 
     def data_files(self, path: Path) -> list[Path]:
         """The files that hold tensors' bytes."""
-        return sorted(p for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file() and p.suffix != ".json")
+        return sorted(
+            p for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file() and p.suffix != ".json"
+        )
 
     @pytest.fixture
     def checkpoint(self, tmp_path: Path) -> Path:
@@ -143,7 +146,9 @@ class ReaderContract:
     def test_identities_tell_a_change(self, checkpoint: Path) -> None:
         with closing(self.open(checkpoint)) as reader:
             before = reader.identities()
-            assert {identity.name for identity in before} >= {path.name for path in self.data_files(checkpoint)}
+            assert {identity.name for identity in before} >= {
+                path.name for path in self.data_files(checkpoint)
+            }
             os.utime(self.data_files(checkpoint)[0], ns=(1, 1))
             assert reader.identities() != before
 
@@ -181,7 +186,7 @@ class WriterContract:
     def test_what_is_written_in_pieces_reads_back(self, tmp_path: Path) -> None:
         layout = self.layout({raw.spec.name: raw.spec for raw in self.sample})
         pieces = self._pieces(layout)
-        np.random.default_rng(0).shuffle(pieces)  # type: ignore[arg-type]  # a list is shuffled in place
+        np.random.default_rng(0).shuffle(pieces)
         self._write(tmp_path, layout, pieces)
         assert self.read_back(tmp_path) == {raw.spec.name: raw.data for raw in self.sample}
 
@@ -224,12 +229,16 @@ class WriterContract:
 
     def _pieces(self, layout: Layout, piece_bytes: int = 100) -> list[tuple[str, int, bytes]]:
         data = {raw.spec.name: raw.data for raw in self.sample}
-        pieces = [(file.name, offset, constant) for file in layout.files for offset, constant in file.constants]
+        pieces = [
+            (file.name, offset, constant) for file in layout.files for offset, constant in file.constants
+        ]
         for file in layout.files:
             for fragment in file.fragments:
                 whole = data[fragment.tensor]
                 for start in range(0, len(whole), piece_bytes):
-                    pieces.append((file.name, fragment.offset_bytes + start, whole[start : start + piece_bytes]))
+                    pieces.append(
+                        (file.name, fragment.offset_bytes + start, whole[start : start + piece_bytes])
+                    )
         return pieces
 
     def _write(self, folder: Path, layout: Layout, pieces: Sequence[tuple[str, int, bytes]]) -> None:

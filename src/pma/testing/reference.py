@@ -1,6 +1,7 @@
 """The reference twin: what a merge must be, computed in memory by numpy with other code than the engine's.
 
-Files are parsed by the safetensors library, sums are numpy's, and rounding is done on exact fp64 values by scaling.
+Files are parsed by the safetensors library, sums are numpy's, and rounding is done on exact fp64 values by
+scaling.
 """
 
 # N checkpoints, B elements of a tensor
@@ -32,7 +33,8 @@ def read_all(checkpoint: Path) -> dict[str, dict[str, Any]]:
 def reference_average(
     checkpoints: Sequence[Path], weights: Sequence[float], dtype: str | None = None
 ) -> dict[str, bytes]:
-    """The bytes of every tensor of the merge. Equal weights: sum, divide once; others: multiply and add in the sum's type.
+    """The bytes of every tensor of the merge. Equal weights: sum, divide once; others: multiply and add in
+    the sum's type.
 
     `dtype`: output type of averaged floating tensors, the inputs' own by default.
     """
@@ -66,7 +68,11 @@ def exact_mean(arrays: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
 def decoded(data: bytes, dtype: str) -> NDArray[np.float64]:
     """Little-endian bytes as fp64 values."""
     if dtype == "BF16":
-        return (np.frombuffer(data, np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+        return (
+            (np.frombuffer(data, np.uint16).astype(np.uint32) << np.uint32(16))
+            .view(np.float32)
+            .astype(np.float64)
+        )
     return np.frombuffer(data, _NUMPY[dtype]).astype(np.float64)
 
 
@@ -79,7 +85,9 @@ def encoded(values: NDArray[Any], dtype: str) -> bytes:
 
 
 def rounded(values: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:
-    """The nearest value of `dtype` for each fp64 value, ties to even: scale to integers, round, scale back, all exact."""
+    """The nearest value of `dtype` for each fp64 value, ties to even: scale to integers, round, scale
+    back, all exact.
+    """
     if dtype not in _FORMATS:
         return values
     bits, smallest = _FORMATS[dtype]
@@ -92,4 +100,6 @@ def same_bytes(expected: Mapping[str, bytes], checkpoint: Path) -> list[str]:
     """Names of tensors of `checkpoint` that differ from `expected`, or are missing or too many."""
     found = read_all(checkpoint)
     names = expected.keys() | found.keys()
-    return sorted(n for n in names if n not in expected or n not in found or bytes(found[n]["data"]) != expected[n])
+    return sorted(
+        n for n in names if n not in expected or n not in found or bytes(found[n]["data"]) != expected[n]
+    )

@@ -1,4 +1,6 @@
-"""Which checkpoint of a run is what: steps, tokens, learning rates, phases, and the windows to average over."""
+"""Which checkpoint of a run is what: steps, tokens, learning rates, phases, and the windows to average
+over.
+"""
 
 from pma.trajectory.discover import Trajectory, TrajectoryPoint, discover, from_checkpoints, resolve
 from pma.trajectory.phases import Phase

@@ -1,4 +1,6 @@
-"""The checkpoints of a run in order, from metadata alone; several roots; restarts followed along the surviving lineage."""
+"""The checkpoints of a run in order, from metadata alone; several roots; restarts followed along the
+surviving lineage.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class TrajectoryPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """The checkpoints of one run, ordered by step; `left_out` says which were found and not taken, and why."""
+    """The checkpoints of one run, ordered by step; `left_out` says which were found and not taken, and
+    why.
+    """
 
     points: tuple[TrajectoryPoint, ...]
     left_out: tuple[tuple[Path, str], ...] = ()
@@ -78,13 +82,17 @@ def resolve(paths: Sequence[Path], *, as_given: bool = False) -> Trajectory:
     named = [path for path in paths if _is_checkpoint(path)]
     if not named:
         if as_given:
-            raise UsageError("--as-given orders checkpoints as they are named; name them one by one instead of a run")
+            raise UsageError(
+                "--as-given orders checkpoints as they are named; name them one by one instead of a run"
+            )
         return discover(paths)
     if len(named) < len(paths):
         other = next(path for path in paths if path not in named)
         if not other.exists() or not any(other.iterdir() if other.is_dir() else ()):
             raise InputError(f"{other} is not a checkpoint: it is missing or empty")
-        raise UsageError(f"{named[0]} is a checkpoint and {other} is not; give runs, or checkpoints, not both")
+        raise UsageError(
+            f"{named[0]} is a checkpoint and {other} is not; give runs, or checkpoints, not both"
+        )
     return from_checkpoints(paths, as_given=as_given)
 
 
@@ -126,12 +134,14 @@ def _ordered_by_step(found: list[tuple[Path, CheckpointMeta]]) -> list[tuple[Pat
 
 
 def _points(found: Sequence[tuple[Path, CheckpointMeta]]) -> tuple[TrajectoryPoint, ...]:
-    """Phases come from each checkpoint's own log, completed by the newest's, which may have seen what came next."""
+    """Phases come from each checkpoint's own log, completed by the newest's, which may have seen what came
+    next.
+    """
     newest = found[-1][1].log.learning_rates
     points = []
     for path, meta in found:
         own = meta.log.learning_rates
-        rates = own if len(own) > 1 else newest
+        rates = newest if not own or own[-1] in newest else own
         phase = phase_at(meta.step, rates) if meta.step is not None else Phase.UNKNOWN
         points.append(TrajectoryPoint(path=path, meta=meta, phase=phase))
     return tuple(points)
@@ -171,8 +181,9 @@ def _surviving_lineage(
 ) -> tuple[list[tuple[Path, CheckpointMeta]], list[tuple[Path, str]]]:
     """Drop what a restart left behind: checkpoints whose log the newest one's log contradicts.
 
-    The Trainer keeps its whole history in each checkpoint, so a checkpoint belongs to the newest one's lineage if
-    their logs agree. Where logs cannot tell, the later written of two checkpoints of one step survives.
+    The Trainer keeps its whole history in each checkpoint, so a checkpoint belongs to the newest one's
+    lineage if their logs agree. Where logs cannot tell, the later written of two checkpoints of one step
+    survives.
     """
     if not found:
         return [], []
@@ -182,7 +193,12 @@ def _surviving_lineage(
     dropped: list[tuple[Path, str]] = []
     for path, meta in ordered:
         if path is not newest_path and _contradicts(meta.log, newest.log):
-            dropped.append((path, f"step {meta.step} of a lineage that was restarted; {newest_path} goes back to another"))
+            dropped.append(
+                (
+                    path,
+                    f"step {meta.step} of a lineage that was restarted; {newest_path} goes back to another",
+                )
+            )
             continue
         key = path if meta.step is None else meta.step
         if key in kept:

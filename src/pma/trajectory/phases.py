@@ -20,19 +20,22 @@ class Phase(Enum):
 
 
 def phase_at(step: int, learning_rates: Sequence[tuple[int, float]]) -> Phase:
-    """Phase of the updates that led to `step`: whether the last two rates logged up to it rose, stood or fell.
+    """Phase of the updates that led to `step`, from the rate logged last before it and its neighbours.
 
-    A rate is logged with the step it was used in, so a checkpoint at the very start of a decay is still stable.
+    A rate is logged with the step it was used in. It is stable if the log before or after shows the same, so a
+    checkpoint where a decay starts is still stable, and one just after the warmup is so already.
     """
     end = bisect_right(learning_rates, step, key=lambda point: point[0])
-    if end == 0 or not learning_rates:
+    if end == 0 or len(learning_rates) < 2:
         return Phase.UNKNOWN
-    if end == 1:
-        # only one rate so far: the next one tells whether it is on the way up
-        if len(learning_rates) < 2:
-            return Phase.UNKNOWN
-        end = 2
-    before, after = learning_rates[end - 2][1], learning_rates[end - 1][1]
-    if abs(after - before) <= _SAME_RATE * max(abs(after), abs(before)):
+    rate = learning_rates[end - 1][1]
+    before = learning_rates[end - 2][1] if end >= 2 else None
+    after = learning_rates[end][1] if end < len(learning_rates) else None
+    if _same(rate, before) or _same(rate, after):
         return Phase.STABLE
-    return Phase.WARMUP if after > before else Phase.DECAY
+    rising = before < rate if before is not None else after is not None and after > rate
+    return Phase.WARMUP if rising else Phase.DECAY
+
+
+def _same(rate: float, other: float | None) -> bool:
+    return other is not None and abs(rate - other) <= _SAME_RATE * max(abs(rate), abs(other))

@@ -26,9 +26,11 @@ class Preset:
 
 
 def fitted(size: Preset, stable_tokens: Sequence[int]) -> Preset:
-    """`size` on a run whose stable checkpoints lie at `stable_tokens`: V a whole number of their median distance.
+    """`size` on a run whose stable checkpoints lie at `stable_tokens`: V a whole number of their median
+    distance.
 
-    V is rounded down, but is at least one distance; N is cut to the stable checkpoints that are that far apart.
+    V is rounded down, but is at least one distance; N is cut to the stable checkpoints that are that far
+    apart.
     """
     gaps = sorted(b - a for a, b in pairwise(stable_tokens))
     if not gaps:

@@ -13,7 +13,9 @@ from pma.trajectory.phases import Phase
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """The newest `last` checkpoints, `every` so many tokens or steps, up to step `at` (the newest by default)."""
+    """The newest `last` checkpoints, `every` so many tokens or steps, up to step `at` (the newest by
+    default).
+    """
 
     last: int
     every: Steps | Tokens | None = None
@@ -73,17 +75,22 @@ def _position(point: TrajectoryPoint, every: Steps | Tokens) -> int:
     if value is None:
         what = "tokens" if isinstance(every, Tokens) else "step"
         hint = " (the Trainer counts them with include_num_input_tokens_seen); give --every in steps"
-        raise UsageError(f"--every {every}: {point.path} does not record its {what}{hint if what == 'tokens' else ''}")
+        raise UsageError(
+            f"--every {every}: {point.path} does not record its {what}{hint if what == 'tokens' else ''}"
+        )
     return value
 
 
 def of_one_phase(points: Sequence[TrajectoryPoint], *, allow_mixed: bool) -> tuple[TrajectoryPoint, ...]:
-    """`points`, unless they cross warmup, a change of the constant rate or the start of a decay: then UsageError."""
+    """`points`, unless they cross warmup, a change of the constant rate or the start of a decay: then
+    UsageError.
+    """
     known = [point for point in points if point.phase is not Phase.UNKNOWN]
     kinds = {(p.phase, p.learning_rate if p.phase is Phase.STABLE else None) for p in known}
     if len(kinds) > 1 and not allow_mixed:
         parts = ", ".join(
-            f"step {p.step} {p.phase.value}" + (f" at lr {p.learning_rate:g}" if p.learning_rate is not None else "")
+            f"step {p.step} {p.phase.value}"
+            + (f" at lr {p.learning_rate:g}" if p.learning_rate is not None else "")
             for p in _phase_starts(known)
         )
         raise UsageError(
@@ -107,7 +114,8 @@ def _phase_starts(points: Sequence[TrajectoryPoint]) -> list[TrajectoryPoint]:
 def _listed(points: Sequence[TrajectoryPoint], most: int = 12) -> str:
     """Steps (and tokens, where known) of the checkpoints there are, the middle left out of a long list."""
     shown = [
-        f"{p.step if p.step is not None else p.path.name}" + (f" ({count_text(p.tokens)} tokens)" if p.tokens else "")
+        f"{p.step if p.step is not None else p.path.name}"
+        + (f" ({count_text(p.tokens)} tokens)" if p.tokens else "")
         for p in points
     ]
     if len(shown) > most:

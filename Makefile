@@ -1,0 +1,41 @@
+# `make demo`, `make test` and `make check` each make .venv on first use and do not reinstall afterwards.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO ?= demo
+
+.PHONY: help demo demo-moe test check bench clean
+
+help:
+	@echo "make demo    the whole story: pre-train, merge, anneal, evaluate, report (about two minutes on two cores)"
+	@echo "make test    all tests (under five minutes on two cores)"
+	@echo "make check   lint, format, types, import contract, README commands"
+	@echo "make bench   merge speed beside plain reads and writes"
+
+# constraints.txt pins torch to a version that has a CPU build, or a CPU machine would fetch gigabytes of CUDA
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PMA needs Python 3.11 or newer: make PYTHON=python3.12 …")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,report,dev]'
+	touch $@
+
+demo: .venv/.installed
+	$(BIN)/pma demo -o $(DEMO)
+
+demo-moe: .venv/.installed
+	$(BIN)/pma demo --moe -o $(DEMO)-moe
+
+test: .venv/.installed
+	$(BIN)/pytest
+
+check: .venv/.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python .ci/readme_commands.py
+
+bench: .venv/.installed
+	$(BIN)/python benchmarks/merge_speed.py
+
+clean:
+	rm -rf .venv demo demo-moe
