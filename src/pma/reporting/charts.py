@@ -137,9 +137,9 @@ def _scale(alt: Any, values: Sequence[float]) -> Any:
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """Means over a window centred on each point, shorter at the ends: smooth without lagging behind."""
-    reach = [min(i, len(values) - 1 - i, _SMOOTHING_REACH) for i in range(len(values))]
-    return [sum(values[i - r : i + r + 1]) / (2 * r + 1) for i, r in enumerate(reach)]
+    """Means over a window centred on each point, cut off at the ends: smooth without lagging behind."""
+    windows = (values[max(0, i - _SMOOTHING_REACH) : i + _SMOOTHING_REACH + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
 
 
 def _finished(chart: Any) -> Any:

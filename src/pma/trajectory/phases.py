@@ -20,10 +20,10 @@ class Phase(Enum):
 
 
 def phase_at(step: int, learning_rates: Sequence[tuple[int, float]]) -> Phase:
-    """Phase of the updates that led to `step`, from the rate logged last before it and its neighbours.
+    """Phase of the updates that led to `step`, from the rate logged last up to it and its neighbours.
 
-    A rate is logged with the step it was used in. It is stable if the log before or after shows the same, so a
-    checkpoint where a decay starts is still stable, and one just after the warmup is so already.
+    A rate is logged with the step it was used in. It is stable if the log before or after shows the same, so
+    a checkpoint where a decay starts is still stable, and one just after the warmup is so already.
     """
     end = bisect_right(learning_rates, step, key=lambda point: point[0])
     if end == 0 or len(learning_rates) < 2:
@@ -33,8 +33,9 @@ def phase_at(step: int, learning_rates: Sequence[tuple[int, float]]) -> Phase:
     after = learning_rates[end][1] if end < len(learning_rates) else None
     if _same(rate, before) or _same(rate, after):
         return Phase.STABLE
-    rising = before < rate if before is not None else after is not None and after > rate
-    return Phase.WARMUP if rising else Phase.DECAY
+    if before is None:
+        return Phase.WARMUP if after is not None and after > rate else Phase.DECAY
+    return Phase.WARMUP if rate > before else Phase.DECAY
 
 
 def _same(rate: float, other: float | None) -> bool:
