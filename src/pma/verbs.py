@@ -45,7 +45,7 @@ class Choice:
         given.
         """
         found = trajectory.resolve(self.paths, as_given=self.as_given)
-        explicit = formats.is_checkpoint(self.paths[0])
+        explicit = trajectory.is_checkpoint(self.paths[0])
         window = self.window
         if explicit and (window is not None or self.preset or self.at is not None):
             raise UsageError(
@@ -122,7 +122,7 @@ def inspect(path: Path) -> dict[str, Any]:
     A run has `checkpoints`, `left_out` and `suggestion`; a checkpoint has `format`, `step`, `tokens`,
     `tensors` and so on.
     """
-    if path.is_dir() and not formats.is_checkpoint(path) and not path.name.startswith("checkpoint-"):
+    if path.is_dir() and not trajectory.is_checkpoint(path):
         return _inspect_run(path)
     with closing(formats.open_checkpoint(path)) as reader:
         meta, identities, specs = reader.meta, reader.identities(), reader.tensors.values()

@@ -149,6 +149,14 @@ def test_the_same_checkpoint_or_step_twice_is_refused(tmp_path: Path) -> None:
         trajectory.from_checkpoints([paths[0], other[0]])
 
 
+def test_a_run_that_also_holds_the_final_model_is_a_run(tmp_path: Path) -> None:
+    paths = tiny_run(tmp_path, steps=3)
+    shutil.copy(paths[2] / "model.safetensors", tmp_path)
+    assert steps(trajectory.resolve([tmp_path]).points) == [10, 20, 30]
+    assert not trajectory.is_checkpoint(tmp_path)
+    assert trajectory.is_checkpoint(paths[0])
+
+
 def test_runs_and_checkpoints_do_not_mix(tmp_path: Path) -> None:
     paths = tiny_run(tmp_path / "run", steps=2)
     with pytest.raises(UsageError, match="not both"):

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pma import engine, formats, trajectory, verbs
+from pma import engine, trajectory, verbs
 from pma.cli import options as flags
 from pma.cli.output import command, note, progress, say, table
 from pma.engine import Plan
@@ -124,7 +124,7 @@ def plan(
     memory: flags.Memory = flags.DEFAULT_MEMORY,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
-    is_run = not formats.is_checkpoint(sources[0])
+    is_run = not trajectory.is_checkpoint(sources[0])
     chosen = flags.choice(
         sources,
         last=last,

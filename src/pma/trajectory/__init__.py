@@ -2,7 +2,14 @@
 over.
 """
 
-from pma.trajectory.discover import Trajectory, TrajectoryPoint, discover, from_checkpoints, resolve
+from pma.trajectory.discover import (
+    Trajectory,
+    TrajectoryPoint,
+    discover,
+    from_checkpoints,
+    is_checkpoint,
+    resolve,
+)
 from pma.trajectory.phases import Phase
 from pma.trajectory.presets import Preset, fitted, preset
 from pma.trajectory.window import Window, of_one_phase, select
@@ -16,6 +23,7 @@ __all__ = [
     "discover",
     "fitted",
     "from_checkpoints",
+    "is_checkpoint",
     "of_one_phase",
     "preset",
     "resolve",

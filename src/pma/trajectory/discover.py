@@ -79,7 +79,7 @@ def discover(roots: Sequence[Path]) -> Trajectory:
 
 def resolve(paths: Sequence[Path], *, as_given: bool = False) -> Trajectory:
     """What the command line names: either runs (folders of checkpoints) or checkpoints, one by one."""
-    named = [path for path in paths if _is_checkpoint(path)]
+    named = [path for path in paths if is_checkpoint(path)]
     if not named:
         if as_given:
             raise UsageError(
@@ -96,8 +96,18 @@ def resolve(paths: Sequence[Path], *, as_given: bool = False) -> Trajectory:
     return from_checkpoints(paths, as_given=as_given)
 
 
-def _is_checkpoint(path: Path) -> bool:
-    return path.exists() and (bool(_TRAINER_FOLDER.fullmatch(path.name)) or formats.is_checkpoint(path))
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` names one checkpoint and not a run.
+
+    A run may hold weights beside its checkpoints: trainers save the final model there.
+    """
+    if _TRAINER_FOLDER.fullmatch(path.name):
+        return path.exists()
+    return formats.is_checkpoint(path) and not (path.is_dir() and any(_trainer_folders(path)))
+
+
+def _trainer_folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir() and _TRAINER_FOLDER.fullmatch(path.name))
 
 
 def from_checkpoints(paths: Sequence[Path], *, as_given: bool = False) -> Trajectory:
@@ -152,9 +162,9 @@ def _checkpoint_folders(root: Path) -> Iterator[Path]:
         raise InputError(f"{root} does not exist; expected a run: a folder with checkpoint-N folders in it")
     if not root.is_dir():
         raise InputError(f"{root} is a file; expected a run: a folder with checkpoint-N folders in it")
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     # a folder named like the Trainer's is a checkpoint even before it holds anything: it is being written
-    checkpoints = [path for path in folders if _TRAINER_FOLDER.fullmatch(path.name)]
+    checkpoints = _trainer_folders(root)
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not checkpoints:
         checkpoints = [path for path in folders if (path / hf_trainer.STATE_FILE).is_file()]
     if not checkpoints:
