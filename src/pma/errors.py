@@ -1,8 +1,7 @@
 """The exception tree. Every error that a user can cause is one of these; the command line turns them into one
-paragraph.
+paragraph. Status 1, a check that found something, is a result and no error.
 
 PmaError                 exit status
-├── CheckFailed          1  a check found what it looks for (verify, a damaged output)
 ├── UsageError           2  the request cannot be meant: unknown scheme, output exists, no such window
 │   └── MissingExtra     2  an optional dependency is not installed
 ├── InputError           3  what was read cannot be used
@@ -20,12 +19,6 @@ class PmaError(Exception):
     """Base of every error with a message for people; `exit_status` is what the command line returns."""
 
     exit_status = 3
-
-
-class CheckFailed(PmaError):
-    """A check that was asked for found something wrong."""
-
-    exit_status = 1
 
 
 class UsageError(PmaError):

@@ -24,15 +24,19 @@ class Section:
 
 
 _DRAW = 'specs.forEach((spec, i) => vegaEmbed("#chart" + i, spec, {actions: false, renderer: "svg"}));'
-_STYLE = """body { font: 16px/1.5 system-ui, sans-serif; color: #1d2530; max-width: 62rem; margin: 2rem auto;
-padding: 0 1rem; } h1 { font-size: 1.6rem; margin-bottom: .3rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0
-.4rem; } p.lead { font-size: 1.1rem; } footer { color: #6a7480; font-size: .85rem; margin: 3rem 0 1rem; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-td { font-variant-numeric: tabular-nums; } th, td { text-align:
-right; padding: .3rem .45rem; border-bottom: 1px solid #e3e6ea; white-space: nowrap; } th:first-child,
-td:first-child { text-align: left; } th { font-weight: 600; } .wide { overflow-x: auto; } .chart { width:
-100%; overflow-x: auto; } pre { background: #f4f5f7; padding: .5rem .8rem; overflow-x: auto; margin: .2rem 0
-.8rem; font-size: .85rem; }
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1d2530; max-width: 62rem; margin: 2rem auto; }
+body { padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: .3rem; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
+p.lead { font-size: 1.1rem; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .3rem .45rem; border-bottom: 1px solid #e3e6ea; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+th { font-weight: 600; }
+.wide, .chart { width: 100%; overflow-x: auto; }
+pre { background: #f4f5f7; padding: .5rem .8rem; overflow-x: auto; margin: .2rem 0 .8rem; font-size: .85rem; }
+footer { color: #6a7480; font-size: .85rem; margin: 3rem 0 1rem; }
 """
 
 
