@@ -150,17 +150,7 @@ def _inspect_run(path: Path) -> dict[str, Any]:
     found = trajectory.discover([path])
     return {
         "path": str(path),
-        "checkpoints": [
-            {
-                "path": str(point.path),
-                "step": point.step,
-                "tokens": point.tokens,
-                "tokens_source": point.meta.tokens_source,
-                "learning_rate": point.learning_rate,
-                "phase": point.phase.value,
-            }
-            for point in found.points
-        ],
+        "checkpoints": [point.describe() for point in found.points],
         "left_out": [{"path": str(where), "reason": reason} for where, reason in found.left_out],
         "suggestion": suggestion(found),
     }

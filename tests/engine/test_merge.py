@@ -355,7 +355,8 @@ def test_many_open_files_are_not_needed(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 160), hard))
     try:
-        merged(paths, tmp_path / "out")
+        out = merged(paths, tmp_path / "out")
+        assert same_bytes(reference_average(paths, [1 / 6] * 6), out) == []
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -374,4 +375,4 @@ def test_planning_needs_no_torch(tmp_path: Path) -> None:
         f"Path({str(paths[1])!r})]).points);"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

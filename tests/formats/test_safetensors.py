@@ -331,9 +331,10 @@ def test_no_bytes_whatever_crash_the_parser(tmp_path_factory: pytest.TempPathFac
     ):
         path.write_bytes(content)
         try:
-            read_header(path)
+            header = read_header(path)
         except InputError:
             continue
+        assert header.file_bytes == len(content)
 
 
 def test_opening_reads_headers_only(tmp_path: Path) -> None:

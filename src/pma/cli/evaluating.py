@@ -16,23 +16,8 @@ from pma.verbs import Candidate, Choice
 
 def register(app: typer.Typer) -> None:
     """Add these commands to `app`."""
-    app.command("eval", help=EVAL)(command(evaluate))
-    app.command("report", help=REPORT)(command(report))
-
-
-EVAL = """Held-out loss, bits per byte and a cloze task of checkpoints, or of a window merged in memory.
-
-The first model is the baseline that the others are paired with; with --merge it is the window's newest
-checkpoint. Text defaults to what the run held out.
-
-Example: pma eval run/checkpoint-1500 merged annealed/checkpoint-1800 --text held_out.txt
-
-Example: pma eval run --merge --last 10 --scheme sma,wma,ema:0.2"""
-
-REPORT = """The HTML report of a demo folder or of a run, again: self-contained, opens offline, with PNGs
-beside it.
-
-Example: pma report demo"""
+    app.command("eval")(command(evaluate))
+    app.command("report")(command(report))
 
 
 def evaluate(
@@ -59,6 +44,15 @@ def evaluate(
     ] = None,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
+    """Held-out loss, bits per byte and a cloze task of checkpoints, or of a window merged in memory.
+
+    The first model is the baseline that the others are paired with; with --merge it is the window's newest
+    checkpoint. Text defaults to what the run held out.
+
+    Example: pma eval run/checkpoint-1500 merged annealed/checkpoint-1800 --text held_out.txt
+
+    Example: pma eval run --merge --last 10 --scheme sma,wma,ema:0.2
+    """
     from pma.evaluation.compare import compare
 
     if merge:
@@ -90,7 +84,7 @@ def merge_candidates(choice: Choice, schemes: list[str]) -> list[Candidate]:
     """The window's newest checkpoint, and the window merged by each scheme."""
     _, points = choice.points()
     last = Candidate(name=f"last ({points[-1].path.name})", choice=checkpoint_choice(points[-1].path))
-    return [last, *(Candidate(name=s, choice=choice, options=flags.merge_options(scheme=s)) for s in schemes)]
+    return [last, *(Candidate(name=s, choice=choice, options=flags.merge_options(s)) for s in schemes)]
 
 
 def report(
@@ -100,6 +94,11 @@ def report(
     ] = None,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
+    """The HTML report of a demo folder or of a run, again: self-contained, opens offline, with PNGs
+    beside it.
+
+    Example: pma report demo
+    """
     from pma.reporting import report_folder
 
     page, pictures = report_folder(folder, out or folder)

@@ -20,31 +20,10 @@ from pma.quantities import bytes_text, count_text
 
 def register(app: typer.Typer) -> None:
     """Add these commands to `app`."""
-    app.command("inspect", help=INSPECT)(command(inspect))
-    app.command("plan", help=PLAN)(command(plan))
-    app.command("merge", help=MERGE)(command(merge))
-    app.command("verify", help=VERIFY)(command(verify))
-
-
-INSPECT = """What a run or checkpoint is: format, steps, tokens, lr, phases; tensors, parameters, types.
-
-Example: pma inspect runs/7b"""
-
-PLAN = """What a merge would do, without reading a tensor: sources, weights, tensors by policy, bytes, memory.
-
-Without --last it suggests and uses the paper's window for the model's size.
-
-Example: pma plan runs/7b --last 10 --every 8B --scheme wma"""
-
-MERGE = """Average checkpoints into a new checkpoint. Nothing is overwritten; what is interrupted never looks
-complete.
-
-Example: pma merge runs/7b -o merged --last 10 --every 8B"""
-
-VERIFY = """Is a merge still what was written, and right? Hashes it again, and derives sampled blocks from the
-sources.
-
-Example: pma verify merged"""
+    app.command("inspect")(command(inspect))
+    app.command("plan")(command(plan))
+    app.command("merge")(command(merge))
+    app.command("verify")(command(verify))
 
 
 def inspect(
@@ -52,6 +31,10 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
+    """What a run or checkpoint is: format, steps, tokens, lr, phases; tensors, parameters, types.
+
+    Example: pma inspect runs/7b
+    """
     result = verbs.inspect(path)
     if not json_output:
         if "checkpoints" in result:
@@ -124,6 +107,12 @@ def plan(
     memory: flags.Memory = flags.DEFAULT_MEMORY,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
+    """What a merge would do, without reading a tensor: sources, weights, tensors by policy, bytes, memory.
+
+    Without --last it suggests and uses the paper's window for the model's size.
+
+    Example: pma plan runs/7b --last 10 --every 8B --scheme wma
+    """
     is_run = not trajectory.is_checkpoint(sources[0])
     chosen = flags.choice(
         sources,
@@ -135,14 +124,7 @@ def plan(
         allow_mixed_phases=allow_mixed_phases,
     )
     options = flags.merge_options(
-        scheme=scheme,
-        weights=weights,
-        dtype=dtype,
-        exclude=exclude,
-        copy=copy,
-        allow_nonfinite=allow_nonfinite,
-        threads=threads,
-        memory=memory,
+        scheme, weights, dtype, exclude, copy, allow_nonfinite=allow_nonfinite, threads=threads, memory=memory
     )
     with verbs.plan(chosen, options) as planned:
         description = planned.describe()
@@ -217,6 +199,11 @@ def merge(
     memory: flags.Memory = flags.DEFAULT_MEMORY,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
+    """Average checkpoints into a new checkpoint. Nothing is overwritten; what is interrupted never looks
+    complete.
+
+    Example: pma merge runs/7b -o merged --last 10 --every 8B
+    """
     chosen = flags.choice(
         sources,
         last=last,
@@ -227,14 +214,7 @@ def merge(
         allow_mixed_phases=allow_mixed_phases,
     )
     options = flags.merge_options(
-        scheme=scheme,
-        weights=weights,
-        dtype=dtype,
-        exclude=exclude,
-        copy=copy,
-        allow_nonfinite=allow_nonfinite,
-        threads=threads,
-        memory=memory,
+        scheme, weights, dtype, exclude, copy, allow_nonfinite=allow_nonfinite, threads=threads, memory=memory
     )
     with verbs.plan(chosen, options) as planned:
         for warning in engine.check_output(planned, out, inside_run=inside_run):
@@ -278,6 +258,11 @@ def verify(
     ] = 16,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
+    """Is a merge still what was written, and right? Hashes it again, and derives sampled blocks from the
+    sources.
+
+    Example: pma verify merged
+    """
     done = engine.verify(out, samples=samples)
     if not json_output:
         say(

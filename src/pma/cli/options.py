@@ -93,12 +93,12 @@ def choice(
 
 
 def merge_options(
-    *,
     scheme: str,
     weights: str | None = None,
     dtype: str | None = None,
     exclude: list[str] | None = None,
     copy: list[str] | None = None,
+    *,
     allow_nonfinite: bool = False,
     threads: int = 2,
     memory: str = DEFAULT_MEMORY,

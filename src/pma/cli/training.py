@@ -18,29 +18,13 @@ from pma.quantities import count_text, parse_tokens
 
 def register_demo(app: typer.Typer) -> None:
     """Add `demo`, which the help lists first."""
-    app.command("demo", help=DEMO)(command(demo))
+    app.command("demo")(command(demo))
 
 
 def register(app: typer.Typer) -> None:
     """Add these commands to `app`."""
-    app.command("pretrain", help=PRETRAIN)(command(pretrain))
+    app.command("pretrain")(command(pretrain))
 
-
-DEMO = """The whole story in minutes: pre-train a small model, merge its checkpoints, anneal a fork, evaluate,
-report.
-
-Needs no data and no network. The same command goes on where it was stopped.
-
-Example: pma demo -o demo"""
-
-PRETRAIN = """Pre-train a recipe at constant learning rate, or anneal a fork of such a run.
-
-RECIPE is a TOML file or one of nano-dense, nano-moe, micro-dense, micro-moe, small-dense, small-moe. The same
-command goes on where it was stopped; more --tokens make the run longer.
-
-Example: pma pretrain nano-dense -o run --text my_texts/
-
-Example: pma pretrain --fork-from run/checkpoint-1500 --anneal cosine --tokens 300K -o annealed"""
 
 Output = Annotated[Path, typer.Option("--out", "-o", help="The folder.", show_default=False)]
 
@@ -52,6 +36,13 @@ def demo(
     ] = False,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
+    """The whole story in minutes: pre-train a small model, merge its checkpoints, anneal a fork, evaluate,
+    report.
+
+    Needs no data and no network. The same command goes on where it was stopped.
+
+    Example: pma demo -o demo
+    """
     from pma.cli.comparison import show_comparison
     from pma.demo import run_demo
 
@@ -87,6 +78,15 @@ def pretrain(
     ] = None,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
+    """Pre-train a recipe at constant learning rate, or anneal a fork of such a run.
+
+    RECIPE is a TOML file or one of nano-dense, nano-moe, micro-dense, micro-moe, small-dense, small-moe. The
+    same command goes on where it was stopped; more --tokens make the run longer.
+
+    Example: pma pretrain nano-dense -o run --text my_texts/
+
+    Example: pma pretrain --fork-from run/checkpoint-1500 --anneal cosine --tokens 300K -o annealed
+    """
     from pma.pretraining import fork
     from pma.pretraining import pretrain as pretrain_recipe
 

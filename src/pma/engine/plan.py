@@ -302,14 +302,5 @@ def _scheme_text(options: MergeOptions) -> str:
 
 
 def _described(source: Source) -> dict[str, Any]:
-    point = source.point
-    return {
-        "path": str(point.path),
-        "step": point.step,
-        "tokens": point.tokens,
-        "tokens_source": point.meta.tokens_source,
-        "learning_rate": point.learning_rate,
-        "phase": point.phase.value,
-        "weight": source.weight,
-        "bytes": bytes_text(sum(file.size_bytes for file in source.files)),
-    }
+    size = bytes_text(sum(file.size_bytes for file in source.files))
+    return {**source.point.describe(), "weight": source.weight, "bytes": size}

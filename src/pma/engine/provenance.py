@@ -43,12 +43,8 @@ def record(
         "allow_nonfinite": options.allow_nonfinite,
         "sources": [
             {
+                **source.point.describe(),
                 "path": str(source.point.path.resolve()),
-                "step": source.point.step,
-                "tokens": source.point.tokens,
-                "tokens_source": source.point.meta.tokens_source,
-                "learning_rate": source.point.learning_rate,
-                "phase": source.point.phase.value,
                 "weight": source.weight,
                 "files": [asdict(identity) for identity in source.files],
             }

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pma import formats
 from pma.errors import InputError, UsageError
@@ -37,6 +38,17 @@ class TrajectoryPoint:
     @property
     def learning_rate(self) -> float | None:
         return self.meta.learning_rate
+
+    def describe(self) -> dict[str, Any]:
+        """As plain values for a table or JSON."""
+        return {
+            "path": str(self.path),
+            "step": self.step,
+            "tokens": self.tokens,
+            "tokens_source": self.meta.tokens_source,
+            "learning_rate": self.learning_rate,
+            "phase": self.phase.value,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
