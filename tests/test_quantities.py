@@ -5,7 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pma.errors import UsageError
-from pma.quantities import Steps, Tokens, bytes_text, count_text, parse_bytes, parse_distance, parse_tokens
+from pma.quantities import (
+    Steps,
+    Tokens,
+    bytes_text,
+    count_text,
+    distance_flag,
+    parse_bytes,
+    parse_distance,
+    parse_tokens,
+)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +56,13 @@ def test_distances() -> None:
 @given(st.integers(0, 10**15))
 def test_what_is_shown_is_within_half_a_percent(count: int) -> None:
     assert parse_tokens(count_text(count)) == pytest.approx(count, rel=0.0051)
+
+
+@given(st.integers(1, 10**15))
+def test_a_suggested_distance_is_read_as_tokens(count: int) -> None:
+    read = parse_distance(distance_flag(Tokens(count)))
+    assert isinstance(read, Tokens)
+    assert read.count == pytest.approx(count, rel=0.0051)
 
 
 def test_shown() -> None:

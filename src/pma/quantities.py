@@ -84,6 +84,12 @@ def count_text(count: float) -> str:
     return _scaled(count, 1000, " KMBT", "")
 
 
+def distance_flag(tokens: Tokens) -> str:
+    """A distance in tokens as `parse_distance` reads it back, within half a percent: a bare number would be steps."""
+    text = count_text(tokens.count)
+    return text if text[-1].isalpha() else f"{text}tokens"
+
+
 def bytes_text(count: float) -> str:
     """1_500_000_000 as `1.5GB`: three significant digits, decimal units as disks are sold."""
     return _scaled(count, 1000, " KMGT", "B")

@@ -16,7 +16,7 @@ from pma.engine import Merge, MergeOptions, Plan
 from pma.engine.provenance import RECORD_FILE, load
 from pma.errors import InputError, UsageError
 from pma.evaluation.text import Document, read_documents
-from pma.quantities import Tokens
+from pma.quantities import Tokens, distance_flag
 from pma.trajectory import Phase, Preset, Trajectory, TrajectoryPoint, Window
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def suggestion(found: Trajectory) -> str:
     if size.capped:
         notes.append("capped by the stable tokens seen")
     return (
-        f"For this model's size the paper suggests --last {size.last} --every {size.every_tokens}tokens"
+        f"For this model's size the paper suggests --last {size.last} --every {distance_flag(Tokens(size.every_tokens))}"
         + (f" ({'; '.join(notes)})" if notes else "")
         + "."
     )

@@ -217,6 +217,8 @@ def merge(
         scheme, weights, dtype, exclude, copy, allow_nonfinite=allow_nonfinite, threads=threads, memory=memory
     )
     with verbs.plan(chosen, options) as planned:
+        for path, reason in planned.left_out:
+            note(f"left out: {path}: {reason}")
         for warning in engine.check_output(planned, out, inside_run=inside_run):
             note(f"warning: {warning}")
         with progress("merging", planned.bytes_to_write) as show:
