@@ -85,7 +85,9 @@ def count_text(count: float) -> str:
 
 
 def distance_flag(tokens: Tokens) -> str:
-    """A distance in tokens as `parse_distance` reads it back, within half a percent: a bare number would be steps."""
+    """A distance in tokens as `parse_distance` reads it back, within half a percent (bare numbers are
+    steps).
+    """
     text = count_text(tokens.count)
     return text if text[-1].isalpha() else f"{text}tokens"
 

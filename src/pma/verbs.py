@@ -98,8 +98,9 @@ def suggestion(found: Trajectory) -> str:
         notes.append("extrapolated: the paper's models were of another size")
     if size.capped:
         notes.append("capped by the stable tokens seen")
+    every = distance_flag(Tokens(size.every_tokens))
     return (
-        f"For this model's size the paper suggests --last {size.last} --every {distance_flag(Tokens(size.every_tokens))}"
+        f"For this model's size the paper suggests --last {size.last} --every {every}"
         + (f" ({'; '.join(notes)})" if notes else "")
         + "."
     )
@@ -161,9 +162,8 @@ def _merged_from(path: Path) -> dict[str, Any] | None:
     if not (path / RECORD_FILE).is_file():
         return None
     record = load(path)
-    sources = record.get("sources")
-    steps = [s.get("step") for s in sources if isinstance(s, dict)] if isinstance(sources, list) else []
-    return {"scheme": str(record.get("scheme")), "steps": steps}
+    steps = [source.get("step") for source in record["sources"]]
+    return {"scheme": str(record.get("scheme")), "steps": [s if isinstance(s, int) else None for s in steps]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,10 +211,7 @@ def held_out_documents(texts: Sequence[Path], path: Path) -> list[Document]:
 def _source_runs(path: Path) -> list[Path]:
     if not (path / RECORD_FILE).is_file():
         return []
-    sources = load(path).get("sources")
-    if not isinstance(sources, list) or not sources or not isinstance(sources[-1], dict):
-        return []
-    return [Path(str(sources[-1].get("path"))).parent]
+    return [Path(str(load(path)["sources"][-1].get("path"))).parent]
 
 
 def newest(path: Path) -> Path:

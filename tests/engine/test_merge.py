@@ -231,7 +231,8 @@ def test_side_files_are_copied_and_never_imported(tmp_path: Path) -> None:
     assert (out / "chat_template.jinja").is_file()
     assert not (out / "optimizer.pt").exists()
     assert not (out / "trainer_state.json").exists()
-    assert set(json.loads((out / "pma.json").read_text())["side_files"]) == {
+    copied = json.loads((out / "pma.json").read_text())["small_files"]
+    assert {file["name"] for file in copied} == {
         "config.json",
         "modeling_custom.py",
         "chat_template.jinja",

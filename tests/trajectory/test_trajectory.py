@@ -85,11 +85,14 @@ def test_a_run_without_a_complete_checkpoint(tmp_path: Path) -> None:
         trajectory.discover([tmp_path])
 
 
-def test_a_damaged_state_is_an_error_not_a_guess(tmp_path: Path) -> None:
-    path = tiny_run(tmp_path, steps=2)[0]
+def test_a_half_written_state_leaves_one_checkpoint_out_and_not_the_run(tmp_path: Path) -> None:
+    path = tiny_run(tmp_path, steps=2)[1]
     (path / "trainer_state.json").write_text('{"global_step": 1')
-    with pytest.raises(InputError, match="not valid JSON"):
-        trajectory.discover([tmp_path])
+    found = trajectory.discover([tmp_path])
+    assert steps(found.points) == [10]
+    assert "being written, or damaged" in found.left_out[0][1]
+    with pytest.raises(InputError, match="not complete"):
+        trajectory.from_checkpoints([path])
 
 
 def test_several_roots_are_one_trajectory(tmp_path: Path) -> None:
@@ -109,11 +112,69 @@ def test_a_restart_follows_the_surviving_lineage(tmp_path: Path) -> None:
         write_trainer_state(path, step, losses={30: 1.5, 40: 1.4, 50: 1.3})
     for path in live[:2]:
         shutil.rmtree(path)
-    for path in dead:  # written later than the survivors: time must not decide
-        os.utime(path / "trainer_state.json")
     found = trajectory.discover([tmp_path / "dead", tmp_path / "live"])
     assert [p.path for p in found.points] == [dead[0], dead[1], live[2], live[3], live[4]]
     assert {path for path, _ in found.left_out} == {dead[2], dead[3]}
+
+
+def rolled_back(folder: Path, live_folder: Path) -> tuple[list[Path], Path]:
+    """Steps 10 to 50, then a restart from 20 that has come to 30 so far."""
+    dead = tiny_run(folder, steps=5, shapes={"w": (2,)})
+    live = live_folder / "checkpoint-30"
+    if live_folder != folder:
+        shutil.copytree(dead[2], live)
+    write_trainer_state(live, 30, losses={30: 1.5})
+    for age, path in enumerate([*(p for p in dead if p != live), live]):
+        os.utime(path / "trainer_state.json", ns=(10**18 + age, 10**18 + age))
+    return dead, live
+
+
+def test_a_restart_that_is_not_yet_as_far_is_the_run(tmp_path: Path) -> None:
+    """As after rolling back a spike: 40 and 50 are dead, though they have the highest steps."""
+    dead, live = rolled_back(tmp_path, tmp_path)
+    found = trajectory.discover([tmp_path])
+    assert [p.path for p in found.points] == [dead[0], dead[1], live]
+    assert {path for path, _ in found.left_out} == {dead[3], dead[4]}
+
+
+def test_lineages_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
+    rolled_back(tmp_path / "one", tmp_path / "other")
+    with pytest.raises(
+        InputError, match=r"checkpoint-50 has the highest step but .*other/checkpoint-30 was written later"
+    ):
+        trajectory.discover([tmp_path / "one", tmp_path / "other"])
+
+
+@pytest.mark.parametrize("step", [None, "30", 2**70, True, -1])
+def test_a_checkpoint_that_does_not_say_its_step_is_left_out(tmp_path: Path, step: object) -> None:
+    path = tiny_run(tmp_path, steps=3)[2]
+    state = json.loads((path / "trainer_state.json").read_text())
+    (path / "trainer_state.json").write_text(json.dumps(state | {"global_step": step}))
+    found = trajectory.discover([tmp_path])
+    assert steps(found.points) == [10, 20]
+    assert "do not say its step" in found.left_out[0][1]
+
+
+def test_a_name_that_contradicts_the_records_is_left_out(tmp_path: Path) -> None:
+    tiny_run(tmp_path, steps=3)[0].rename(tmp_path / "checkpoint-15")
+    found = trajectory.discover([tmp_path])
+    assert steps(found.points) == [20, 30]
+    assert "says it is step 10" in found.left_out[0][1]
+
+
+def test_odd_log_entries_are_passed_over(tmp_path: Path) -> None:
+    path = tiny_run(tmp_path, steps=1)[0]
+    odd = [
+        7,
+        {"step": "x", "loss": 1},
+        {"step": 10, "loss": "nan", "learning_rate": True},
+        {"step": 10, "loss": 10**400},
+    ]
+    (path / "trainer_state.json").write_text(
+        json.dumps({"global_step": 10, "num_input_tokens_seen": 10**400, "log_history": odd})
+    )
+    point = trajectory.discover([tmp_path]).points[0]
+    assert (point.tokens, point.learning_rate, point.meta.log.losses) == (None, None, ())
 
 
 def test_equal_logs_leave_it_to_the_time_of_writing(tmp_path: Path) -> None:

@@ -123,30 +123,26 @@ def _block(
         low, high = max(offset, start), min(offset + len(data), stop)
         if low < high:
             constants.append((low - start, data[low - offset : high - offset]))
-    spans: list[Span] = []
+    groups: list[tuple[tuple[Policy, DType, DType], list[Piece]]] = []
+    end = 0
     for fragment in fragments:
         policy = policies[fragment.tensor]
-        dtype_in, dtype_out = sources[fragment.tensor].dtype, outputs[fragment.tensor].dtype
-        low, high = (
-            max(fragment.offset_bytes, start),
-            min(fragment.offset_bytes + fragment.length_bytes, stop),
-        )
-        unit = 1 if policy is Policy.COPY_NEWEST else dtype_out.bits // 8
+        dtypes = sources[fragment.tensor].dtype, outputs[fragment.tensor].dtype
+        low = max(fragment.offset_bytes, start)
+        high = min(fragment.offset_bytes + fragment.length_bytes, stop)
+        unit = 1 if policy is Policy.COPY_NEWEST else dtypes[1].bits // 8
         piece = Piece(
             tensor=fragment.tensor,
             start=(low - fragment.offset_bytes) // unit,
             stop=(high - fragment.offset_bytes) // unit,
             block_offset=low - start,
         )
-        span = Span(
-            policy=policy,
-            dtype_in=dtype_in,
-            dtype_out=dtype_out,
-            block_offset=low - start,
-            length_bytes=high - low,
-            pieces=(piece,),
-        )
-        spans = [*spans[:-1], *_joined(spans[-1], span)] if spans else [span]
+        kind = (policy, *dtypes)
+        if not groups or groups[-1][0] != kind or end != low:
+            groups.append((kind, []))
+        groups[-1][1].append(piece)
+        end = high
+    spans = [_span(kind, pieces) for kind, pieces in groups]
     return Block(
         file=file.name,
         offset_bytes=start,
@@ -156,20 +152,14 @@ def _block(
     )
 
 
-def _joined(before: Span, after: Span) -> list[Span]:
-    same = (before.policy, before.dtype_in, before.dtype_out) == (
-        after.policy,
-        after.dtype_in,
-        after.dtype_out,
+def _span(kind: tuple[Policy, DType, DType], pieces: Sequence[Piece]) -> Span:
+    policy, dtype_in, dtype_out = kind
+    unit = 1 if policy is Policy.COPY_NEWEST else dtype_out.bits // 8
+    return Span(
+        policy=policy,
+        dtype_in=dtype_in,
+        dtype_out=dtype_out,
+        block_offset=pieces[0].block_offset,
+        length_bytes=sum(piece.stop - piece.start for piece in pieces) * unit,
+        pieces=tuple(pieces),
     )
-    if not same or before.block_offset + before.length_bytes != after.block_offset:
-        return [before, after]
-    joined = Span(
-        policy=before.policy,
-        dtype_in=before.dtype_in,
-        dtype_out=before.dtype_out,
-        block_offset=before.block_offset,
-        length_bytes=before.length_bytes + after.length_bytes,
-        pieces=before.pieces + after.pieces,
-    )
-    return [joined]

@@ -14,9 +14,10 @@ from typing import Any
 
 from pma.engine import provenance, side_files
 from pma.engine.plan import Plan
-from pma.engine.staging import refuse_existing, staged
+from pma.engine.staging import leftover_bytes, refuse_existing, staged
 from pma.engine.stream import Progress, stream
 from pma.errors import SpaceError, UsageError
+from pma.formats.hf_trainer import STATE_FILE
 from pma.formats.safetensors import SafetensorsWriter
 from pma.quantities import bytes_text
 
@@ -43,8 +44,7 @@ def check_output(plan: Plan, out: Path, *, inside_run: bool = False) -> tuple[st
     """
     refuse_existing(out)
     target = Path(os.path.realpath(out))
-    for source in plan.sources:
-        folder = Path(os.path.realpath(source.point.path))
+    for folder in _as_named_and_as_resolved(plan):
         run = folder.parent
         inside_checkpoint = folder == target or folder in target.parents
         if inside_checkpoint or (run in target.parents and not inside_run and _is_run(run)):
@@ -57,7 +57,7 @@ def check_output(plan: Plan, out: Path, *, inside_run: bool = False) -> tuple[st
         raise UsageError(f"{out} cannot be made: {existing} is a file")
     if not os.access(existing, os.W_OK):
         raise UsageError(f"{out} cannot be made: {existing} is not writable")
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing).free + leftover_bytes(out)
     if free < plan.bytes_to_write:
         raise SpaceError(
             f"{existing} has {bytes_text(free)} free, the output needs {bytes_text(plan.bytes_to_write)}; "
@@ -71,8 +71,18 @@ def check_output(plan: Plan, out: Path, *, inside_run: bool = False) -> tuple[st
     return ()
 
 
+def _as_named_and_as_resolved(plan: Plan) -> set[Path]:
+    """The sources' folders; where one is a symbolic link, both it (its parent made absolute) and where it
+    leads.
+    """
+    paths = [source.point.path for source in plan.sources]
+    named = {Path(os.path.realpath(path.parent)) / path.name for path in paths}
+    return named | {Path(os.path.realpath(path)) for path in paths}
+
+
 def _is_run(folder: Path) -> bool:
-    return any(_TRAINER_NAME.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir())
+    inside = [entry for entry in folder.iterdir() if entry.is_dir()]
+    return any(_TRAINER_NAME.fullmatch(entry.name) or (entry / STATE_FILE).is_file() for entry in inside)
 
 
 def write(
@@ -92,6 +102,9 @@ def write(
     """
     warnings = check_output(plan, out, inside_run=inside_run)
     started = time.monotonic()
+    # what takes long to import comes before anything is on disk: a signal amid it may abort the process
+    import pma.engine.compute  # noqa: F401
+
     with staged(out) as folder:
         writer = SafetensorsWriter(folder)
         writer.create(plan.layout)
@@ -104,7 +117,7 @@ def write(
         writer.finish()
         newest = plan.sources[-1].point.path
         copied = side_files.copy(newest, writer, plan.options.dtype)
-        value = provenance.record(plan, digests, copied, sha256_of=folder if sha256 else None)
+        value = provenance.record(plan, digests, folder, copied, add_sha256=sha256)
         if hash_sources:
             _add_source_digests(value)
         writer.write_bytes(provenance.RECORD_FILE, provenance.encode(value))
@@ -121,7 +134,5 @@ def write(
 
 def _add_source_digests(value: dict[str, Any]) -> None:
     for source in value["sources"]:
-        path = Path(source["path"])
-        folder = path if path.is_dir() else path.parent
         for file in source["files"]:
-            file["sha256"] = provenance.sha256(folder / file["name"])
+            file["sha256"] = provenance.sha256(Path(source["folder"]) / file["name"])

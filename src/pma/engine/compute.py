@@ -68,6 +68,28 @@ class BlockWorker:
             into = view[piece.block_offset : piece.block_offset + piece.stop - piece.start]
             requests += _requests(newest, as_bytes, piece, into)
         newest.read_many(requests)
+        if span.dtype_in.kind in ("float", "complex") and not self._allow_nonfinite:
+            for piece in span.pieces:
+                self._check_copied(piece, newest)
+
+    def _check_copied(self, piece: Piece, newest: CheckpointReader) -> None:
+        """A copied tensor may hold NaN no more than an averaged one. Its pieces are small; they are read
+        again.
+        """
+        spec = newest.tensors[piece.tensor]
+        width = spec.dtype.bits // 8
+        start, stop = piece.start // width, -(-piece.stop // width)
+        raw = torch.empty((stop - start) * width, dtype=torch.uint8)
+        newest.read_many(list(range_requests(spec, newest.fragments(piece.tensor), start, stop, _view(raw))))
+        wrong = (~torch.isfinite(_typed(raw, spec.dtype))).nonzero()
+        if len(wrong):
+            per_element = len(_typed(raw, spec.dtype)) // max(stop - start, 1)
+            index = _index(spec, start + int(wrong[0]) // per_element)
+            raise InputError(
+                f"{printable(piece.tensor)}{list(index)} in {newest.path} is not finite; every value must "
+                "be. Go on "
+                "regardless with --allow-nonfinite"
+            )
 
     def _average(self, spans: Sequence[Span], out: Tensor) -> None:
         lengths = [span.element_count * span.dtype_in.bits // 8 for span in spans]
@@ -91,6 +113,14 @@ class BlockWorker:
                 raise self._nonfinite(span)
             out_B = _typed(out[span.block_offset : span.block_offset + span.length_bytes], span.dtype_out)
             accumulate.finish(accumulator_B, out_B, divisor=len(self._readers) if self._equal else None)
+            narrowed = span.dtype_out is not span.dtype_in
+            if narrowed and not self._allow_nonfinite and not accumulate.all_finite(out_B):
+                names = ", ".join(printable(piece.tensor) for piece in span.pieces[:3])
+                raise InputError(
+                    f"{names}: a mean is too large for {span.dtype_out.value[0]}; choose a wider --dtype, or "
+                    "keep "
+                    "infinity with --allow-nonfinite"
+                )
 
     def _accumulators(self, spans: Sequence[Span]) -> list[Tensor]:
         counts = [_real_count(span) for span in spans]

@@ -168,7 +168,10 @@ def plan(
             on_error.callback(reader.close)
             readers.append(reader)
         newest = readers[-1]
-        tensors, excluded = _without(newest.tensors, options.exclude)
+        everything = {name: spec for reader in readers for name, spec in reader.tensors.items()}
+        _check_patterns(everything, options)
+        excluded = tuple(n for n in everything if any(fnmatchcase(n, p) for p in options.exclude))
+        tensors = {name: spec for name, spec in newest.tensors.items() if name not in excluded}
         _check_same(readers, tensors, excluded)
         policies = {name: _policy(spec, options.copy, newest.path) for name, spec in tensors.items()}
         outputs = {name: _output_spec(spec, policies[name], options.dtype) for name, spec in tensors.items()}
@@ -231,17 +234,16 @@ def _weights(points: Sequence[TrajectoryPoint], options: MergeOptions, *, as_giv
     return [float(weight) for weight in weights_N]
 
 
-def _without(
-    tensors: Mapping[str, TensorSpec], patterns: Sequence[str]
-) -> tuple[dict[str, TensorSpec], tuple[str, ...]]:
-    excluded = tuple(name for name in tensors if any(fnmatchcase(name, pattern) for pattern in patterns))
-    unused = [p for p in patterns if not any(fnmatchcase(name, p) for name in tensors)]
-    if unused:
-        raise UsageError(f"--exclude {unused[0]!r} matches no tensor")
-    kept = {name: spec for name, spec in tensors.items() if name not in excluded}
-    if not kept:
+def _check_patterns(everything: Mapping[str, TensorSpec], options: MergeOptions) -> None:
+    """A pattern that matches nothing is a mistake, and so is to leave everything out."""
+    if not everything:
+        raise InputError("the checkpoints hold no tensor")
+    for flag, patterns in (("--exclude", options.exclude), ("--copy", options.copy)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in everything):
+                raise UsageError(f"{flag} {pattern!r} matches no tensor")
+    if all(any(fnmatchcase(name, pattern) for pattern in options.exclude) for name in everything):
         raise UsageError("--exclude leaves no tensor to merge")
-    return kept, excluded
 
 
 def _check_same(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -19,7 +20,7 @@ from blake3 import blake3
 from pma.engine.blocks import CHUNK_BYTES
 from pma.engine.plan import Plan
 from pma.engine.stream import Digests
-from pma.errors import FormatError, MismatchError
+from pma.errors import FormatError, MismatchError, printable
 from pma.formats import strict_json
 
 RECORD_FILE = "pma.json"
@@ -28,9 +29,11 @@ _LARGEST_RECORD_BYTES = 512 * 2**20
 
 
 def record(
-    plan: Plan, digests: Digests, side_files: Mapping[str, str], *, sha256_of: Path | None
+    plan: Plan, digests: Digests, folder: Path, side_files: Mapping[str, str], *, add_sha256: bool
 ) -> dict[str, Any]:
-    """The content of `pma.json`. `side_files`: name -> where it was really read from."""
+    """The content of `pma.json` for the output in `folder`. `side_files`: name -> where it was really read
+    from.
+    """
     options = plan.options
     return {
         "pma_record": RECORD_VERSION,
@@ -44,7 +47,8 @@ def record(
         "sources": [
             {
                 **source.point.describe(),
-                "path": str(source.point.path.resolve()),
+                "path": str(_absolute(source.point.path)),
+                "folder": str(_absolute(source.point.folder)),
                 "weight": source.weight,
                 "files": [asdict(identity) for identity in source.files],
             }
@@ -53,9 +57,16 @@ def record(
         "copied_from_newest": [name for name, policy in plan.policies.items() if policy.value != "average"],
         "excluded": list(plan.excluded),
         "left_out": [{"path": str(path), "reason": reason} for path, reason in plan.left_out],
-        "side_files": dict(side_files),
-        "outputs": [_output(plan, file.name, digests, sha256_of) for file in plan.layout.files],
+        "small_files": _small_files(plan, folder, side_files),
+        "outputs": [
+            _output(plan, file.name, digests, folder if add_sha256 else None) for file in plan.layout.files
+        ],
     }
+
+
+def _absolute(path: Path) -> Path:
+    # the last part stays a link: in a hub's cache it leads to a file of another name
+    return path.parent.resolve() / path.name if path.is_file() else path.resolve()
 
 
 def _output(plan: Plan, name: str, digests: Digests, sha256_of: Path | None) -> dict[str, Any]:
@@ -73,6 +84,22 @@ def _output(plan: Plan, name: str, digests: Digests, sha256_of: Path | None) -> 
     return output
 
 
+def _small_files(plan: Plan, folder: Path, side_files: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Everything beside the weights: side files and the index. `from` is None for what was made here."""
+    weights = {file.name for file in plan.layout.files}
+    found = sorted(
+        path for path in folder.iterdir() if path.name not in weights and not path.name.startswith(".")
+    )
+    return [
+        {
+            "name": path.name,
+            "from": side_files.get(path.name),
+            "blake3": blake3(path.read_bytes()).hexdigest(),
+        }
+        for path in found
+    ]
+
+
 def root(chunks: list[str]) -> str:
     """One digest over the digests of a file's chunks."""
     return blake3(b"".join(map(bytes.fromhex, chunks))).hexdigest()
@@ -87,9 +114,8 @@ def sha256(path: Path) -> str:
 def check_unchanged(plan: Plan) -> None:
     """After the last read: every source file is still the one that was planned with. Raises MismatchError."""
     for source in plan.sources:
-        folder = source.point.path if source.point.path.is_dir() else source.point.path.parent
         for planned in source.files:
-            path = folder / planned.name
+            path = source.point.folder / planned.name
             try:
                 status = os.stat(path)
             except FileNotFoundError:
@@ -107,8 +133,34 @@ def load(out: Path) -> dict[str, Any]:
         raise FormatError(f"{out} holds no {RECORD_FILE}; expected a folder that `pma merge` wrote")
     value = strict_json.load_object(path, _LARGEST_RECORD_BYTES)
     if value.get("pma_record") != RECORD_VERSION:
-        raise FormatError(f"{path}: record version {value.get('pma_record')!r}, expected {RECORD_VERSION}")
+        found = printable(str(value.get("pma_record")))
+        raise FormatError(f"{path}: record version {found}, expected {RECORD_VERSION}")
+    if (what := _misshapen(value)) is not None:
+        raise FormatError(f"{path} is damaged: {what}")
     return value
+
+
+def _misshapen(value: Mapping[str, Any]) -> str | None:
+    """What is wrong with a record's shape, or None. It is as untrusted as any file."""
+    for name in ("sources", "outputs"):
+        entries = value.get(name)
+        if (
+            not isinstance(entries, list)
+            or not entries
+            or not all(isinstance(entry, dict) for entry in entries)
+        ):
+            return f"{name} is not a list of objects"
+    for output in value["outputs"]:
+        size, chunks = output.get("size_bytes"), output.get("blake3_chunks")
+        if type(size) is not int or not 0 < size < 2**63 or not isinstance(chunks, list):
+            return "an output has no size or no digests"
+        if output.get("chunk_bytes") != CHUNK_BYTES or len(chunks) != -(-size // CHUNK_BYTES):
+            return "an output has not one digest for each chunk"
+        if not all(isinstance(chunk, str) and re.fullmatch("[0-9a-f]{64}", chunk) for chunk in chunks):
+            return "a digest is not one"
+    if not all(isinstance(source.get("files"), list) and source["files"] for source in value["sources"]):
+        return "a source has no files"
+    return None
 
 
 def encode(value: Mapping[str, Any]) -> bytes:

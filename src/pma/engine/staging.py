@@ -62,7 +62,8 @@ def _take_lease(folder: Path, out: Path) -> int:
     path = folder / _LEASE_FILE
     while True:
         folder.mkdir(exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        _refuse_foreign(folder)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             locked = True
@@ -86,6 +87,26 @@ def _take_lease(folder: Path, out: Path) -> int:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": _host()}).encode(), 0)
     return descriptor
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Only a folder that is empty, or holds a lease of ours and plain files, is ever cleaned or written
+    into.
+    """
+    entries = [] if folder.is_symlink() else list(os.scandir(folder))
+    ours = not entries or any(entry.name == _LEASE_FILE for entry in entries)
+    if folder.is_symlink() or not ours or not all(entry.is_file(follow_symlinks=False) for entry in entries):
+        raise UsageError(
+            f"{folder} is in the way and was not left by a merge; remove it or choose another output"
+        )
+
+
+def leftover_bytes(out: Path) -> int:
+    """Bytes that an interrupted merge to `out` left allocated, and that the next one frees first."""
+    folder = staging_folder(out)
+    if folder.is_symlink() or not (folder / _LEASE_FILE).is_file():
+        return 0
+    return sum(entry.stat().st_blocks * 512 for entry in folder.iterdir())
 
 
 def _holder(path: Path) -> dict[str, str]:

@@ -15,7 +15,7 @@ from blake3 import blake3
 from pma.engine import provenance
 from pma.engine.blocks import Block
 from pma.engine.plan import MergeOptions, Plan, plan
-from pma.errors import FormatError, PmaError, printable
+from pma.errors import FormatError, InputError, printable
 from pma.formats.files import open_for_reading, read_exactly
 from pma.trajectory import from_checkpoints
 from pma.types import DType
@@ -43,15 +43,16 @@ def verify(out: Path, *, samples: int = 16) -> Verification:
     value = provenance.load(out)
     try:
         findings, hashed = _rehash(out, value["outputs"])
+        findings += _changed_small_files(out, value["small_files"])
         changed = tuple(_changed_sources(value["sources"]))
         derived, total = 0, 0
         if not changed and samples:
-            with _planned_again(value) as again:
+            with _planned_again(out, value) as again:
                 total = len(again.blocks)
                 chosen = _spread(again.blocks, samples)
                 derived = len(chosen)
                 findings += _derive(again, out, chosen)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{out / provenance.RECORD_FILE} is damaged: {printable(repr(error))}") from error
     return Verification(
         path=out,
@@ -85,32 +86,40 @@ def _rehash(out: Path, outputs: Sequence[dict[str, Any]]) -> tuple[list[str], in
     return findings, hashed
 
 
+def _changed_small_files(out: Path, small_files: Sequence[dict[str, Any]]) -> list[str]:
+    findings = []
+    for file in small_files:
+        path = out / _plain_name(file["name"])
+        if not path.is_file():
+            findings.append(f"{path} is missing")
+        elif blake3(path.read_bytes()).hexdigest() != file["blake3"]:
+            findings.append(f"{path} is not what was written")
+    return findings
+
+
 def _chunks(path: Path, size_bytes: int, chunk_bytes: int) -> Iterator[memoryview]:
     buffer = memoryview(bytearray(chunk_bytes))
-    descriptor = open_for_reading(path)
-    try:
-        for start in range(0, size_bytes, chunk_bytes):
-            data = buffer[: min(chunk_bytes, size_bytes - start)]
-            read_exactly(descriptor, start, [data], path)
-            yield data
-    finally:
-        os.close(descriptor)
+    for start in range(0, size_bytes, chunk_bytes):
+        data = buffer[: min(chunk_bytes, size_bytes - start)]
+        _read(path, start, data)
+        yield data
 
 
 def _changed_sources(sources: Sequence[dict[str, Any]]) -> Iterator[str]:
     for source in sources:
-        path = Path(source["path"])
-        folder = path if path.suffix != ".safetensors" else path.parent
         for file in source["files"]:
-            found = folder / _plain_name(file["name"])
+            found = Path(source["folder"]) / _plain_name(file["name"])
             if not found.is_file():
                 yield f"{found} is gone"
             elif (found.stat().st_size, found.stat().st_mtime_ns) != (file["size_bytes"], file["mtime_ns"]):
                 yield f"{found} has changed since"
 
 
-def _planned_again(value: dict[str, Any]) -> Plan:
-    """The plan that the record describes; explicit weights stand in for the scheme that they came from."""
+def _planned_again(out: Path, value: dict[str, Any]) -> Plan:
+    """The plan that the record describes; explicit weights stand in for the scheme that they came from.
+
+    Raises FormatError where the record describes no merge, or another than the one that lies there.
+    """
     trajectory = from_checkpoints([Path(source["path"]) for source in value["sources"]], as_given=True)
     options = MergeOptions(
         weights=tuple(source["weight"] for source in value["sources"]),
@@ -119,7 +128,12 @@ def _planned_again(value: dict[str, Any]) -> Plan:
         copy=tuple(value["copy"]),
         allow_nonfinite=value["allow_nonfinite"],
     )
-    return plan(trajectory.points, options, as_given=True)
+    again = plan(trajectory.points, options, as_given=True)
+    planned = [(file.name, file.size_bytes) for file in again.layout.files]
+    if planned != [(output["name"], output["size_bytes"]) for output in value["outputs"]]:
+        again.close()
+        raise FormatError(f"{out / provenance.RECORD_FILE}: its outputs are not what its sources would give")
+    return again
 
 
 def _derive(again: Plan, out: Path, blocks: Sequence[Block]) -> list[str]:
@@ -131,20 +145,25 @@ def _derive(again: Plan, out: Path, blocks: Sequence[Block]) -> list[str]:
         worker = BlockWorker(again.readers, again.weights, allow_nonfinite=again.options.allow_nonfinite)
         for block in blocks:
             written = memoryview(bytearray(block.length_bytes))
-            descriptor = open_for_reading(out / block.file)
             try:
-                read_exactly(descriptor, block.offset_bytes, [written], out / block.file)
-            except PmaError as error:
+                _read(out / block.file, block.offset_bytes, written)
+            except InputError as error:
                 findings.append(str(error))
                 continue
-            finally:
-                os.close(descriptor)
             expected = worker.make(block)
             if written != expected:
                 findings.append(
                     f"{out / block.file}: {_differing(block, written, expected)} is not what the sources give"
                 )
     return findings
+
+
+def _read(path: Path, offset_bytes: int, into: memoryview) -> None:
+    descriptor = open_for_reading(path)
+    try:
+        read_exactly(descriptor, offset_bytes, [into], path)
+    finally:
+        os.close(descriptor)
 
 
 def _differing(block: Block, written: memoryview, expected: memoryview) -> str:

@@ -5,13 +5,17 @@ pickle.
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
+from pma.errors import FormatError
 from pma.formats.strict_json import load_object
 from pma.types import CheckpointMeta, TrainingLog
 
 STATE_FILE = "trainer_state.json"
+TRAINER_FOLDER = re.compile(r"checkpoint-(\d{1,18})", re.ASCII)
+_RECORD_FILE = "pma.json"  # a merge of ours is complete without the Trainer's state
 _LARGEST_STATE_BYTES = 256 * 2**20
 
 
@@ -25,10 +29,13 @@ def read_meta(folder: Path) -> CheckpointMeta:
     path = folder / STATE_FILE
     if not path.is_file():
         incomplete = None
-        if folder.name.startswith("checkpoint-"):
+        if TRAINER_FOLDER.fullmatch(folder.name) and not (folder / _RECORD_FILE).is_file():
             incomplete = f"{STATE_FILE} is not there yet, and the Trainer writes it last"
         return CheckpointMeta(incomplete=incomplete)
-    state = load_object(path, _LARGEST_STATE_BYTES)
+    try:
+        state = load_object(path, _LARGEST_STATE_BYTES)
+    except FormatError as error:
+        return CheckpointMeta(incomplete=f"{STATE_FILE} is being written, or damaged ({error})")
     step = _count(state.get("global_step"))
     tokens = _count(state.get("num_input_tokens_seen")) or None
     history = state.get("log_history")
@@ -43,7 +50,8 @@ def read_meta(folder: Path) -> CheckpointMeta:
 
 
 def _count(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    # a number that no counter reaches is no count; it would only overflow later
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 else None
 
 
 def _log(history: list[Any]) -> TrainingLog:
@@ -52,7 +60,7 @@ def _log(history: list[Any]) -> TrainingLog:
     for entry in entries:
         for key, points in series.items():
             value = entry.get(key)
-            if isinstance(value, int | float) and not isinstance(value, bool):
+            if isinstance(value, float) or (type(value) is int and abs(value) < 2**63):
                 points.append((entry["step"], float(value)))
     rates = [(step, rate) for step, rate in series["learning_rate"] if math.isfinite(rate)]
     return TrainingLog(learning_rates=tuple(rates), losses=tuple(series["loss"]))

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pma.errors import FormatError, IncompleteError, SpaceError, printable
+from pma.errors import FormatError, IncompleteError, InputError, SpaceError, printable
 from pma.formats import hf_trainer, strict_json
 from pma.formats.contracts import ReadRequest
 from pma.formats.files import OpenFiles, coalesced, read_exactly
@@ -24,6 +24,7 @@ FORMAT = "safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _LARGEST_INDEX_BYTES = 64 * 2**20
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def detect(path: Path) -> bool:
@@ -116,7 +117,14 @@ def _shard_names(path: Path) -> list[str]:
             f"{path} holds both {SINGLE_FILE} and {INDEX_FILE}; which is the model? Remove the stale one"
         )
     if index:
-        return sorted(set(_weight_map(path).values()))
+        indexed = set(_weight_map(path).values())
+        for found in sorted(path.glob("*-of-*.safetensors")):
+            if found.name not in indexed:
+                raise FormatError(
+                    f"{path}: {printable(found.name)} looks like a shard, but {INDEX_FILE} does not name it; "
+                    "remove it, or repair the index"
+                )
+        return sorted(indexed)
     if single:
         return [SINGLE_FILE]
     names = sorted(found.name for found in path.glob("*.safetensors"))
@@ -136,7 +144,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
         raise FormatError(f"{path}: weight_map is missing or empty")
     for shard in set(map(str, weight_map.values())):
         # a name such as ../../etc/passwd or one with a separator must not lead out of the folder
-        if not shard.endswith(".safetensors") or Path(shard).name != shard or "\\" in shard or "\0" in shard:
+        plain = Path(shard).name == shard and "\\" not in shard and shard.isprintable()
+        if not shard.endswith(".safetensors") or not plain:
             raise FormatError(f"{path}: {printable(shard)!r} is not a plain name of a safetensors file")
     return {name: str(shard) for name, shard in weight_map.items()}
 
@@ -214,7 +223,7 @@ class SafetensorsWriter:
                     # reserve the room now: a full disk must be found before hours of reading
                     os.posix_fallocate(out.fileno(), 0, max(file.size_bytes, 1))
                 except OSError as error:
-                    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    if error.errno in _NO_ROOM:
                         raise _no_room(self._folder, layout, error) from error
                     os.truncate(out.fileno(), file.size_bytes)  # the file system cannot reserve
 
@@ -254,7 +263,8 @@ class SafetensorsPart:
             try:
                 count = os.pwrite(descriptor, values, offset_bytes)
             except OSError as error:
-                raise SpaceError(f"{self._folder / file}: writing failed: {error.strerror}") from error
+                kind = SpaceError if error.errno in _NO_ROOM else InputError
+                raise kind(f"{self._folder / file}: writing failed: {error.strerror}") from error
             offset_bytes += count
             values = values[count:]
 

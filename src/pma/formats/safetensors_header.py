@@ -107,6 +107,8 @@ def _checked(path: Path, text: bytes, file_bytes: int) -> Header:
 
 def _entry(path: Path, name: str, entry: object) -> tuple[TensorSpec, int, int]:
     where = f"{path}: {printable(name)}"
+    if not _encodable(name):
+        raise FormatError(f"{where}: the name is not valid UTF-8")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"{where}: expected exactly dtype, shape and data_offsets")
     dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
@@ -115,7 +117,7 @@ def _entry(path: Path, name: str, entry: object) -> tuple[TensorSpec, int, int]:
             f"{where}: dtype {printable(str(entry['dtype']))} is not in the safetensors specification"
         )
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _naturals(shape) or len(shape) > 64:
+    if not _naturals(shape) or len(shape) > 64 or math.prod(shape) >= 2**63:
         raise FormatError(f"{where}: shape {printable(str(shape))} is not a list of non-negative integers")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise FormatError(f"{where}: data_offsets {printable(str(offsets))} are not a start and an end")
@@ -126,6 +128,11 @@ def _entry(path: Path, name: str, entry: object) -> tuple[TensorSpec, int, int]:
             f"its offsets span {offsets[1] - offsets[0]}"
         )
     return TensorSpec(name=name, dtype=dtype, shape=tuple(shape)), offsets[0], offsets[1]
+
+
+def _encodable(name: str) -> bool:
+    # JSON can spell half of a surrogate pair, which no file can then hold
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _naturals(value: object) -> bool:

@@ -4,7 +4,6 @@ surviving lineage.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,9 @@ from typing import Any
 from pma import formats
 from pma.errors import InputError, UsageError
 from pma.formats import hf_trainer
+from pma.formats.hf_trainer import TRAINER_FOLDER
 from pma.trajectory.phases import Phase, phase_at
 from pma.types import CheckpointMeta, TrainingLog
-
-_TRAINER_FOLDER = re.compile(r"checkpoint-(\d+)", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +24,11 @@ class TrajectoryPoint:
     path: Path
     meta: CheckpointMeta
     phase: Phase
+
+    @property
+    def folder(self) -> Path:
+        """Where its files are: itself, or for a lone file the folder that holds it."""
+        return self.path if self.path.is_dir() else self.path.parent
 
     @property
     def step(self) -> int | None:
@@ -77,8 +80,13 @@ def discover(roots: Sequence[Path]) -> Trajectory:
     for root in roots:
         for path in _checkpoint_folders(root):
             meta = _meta(path)
+            name = TRAINER_FOLDER.fullmatch(path.name)
             if meta.incomplete:
                 left_out.append((path, f"incomplete: {meta.incomplete}"))
+            elif meta.step is None:
+                left_out.append((path, "its records do not say its step"))
+            elif name and int(name[1]) != meta.step:
+                left_out.append((path, f"its name and its records differ: it says it is step {meta.step}"))
             else:
                 found.append((path, meta))
     kept, dropped = _surviving_lineage(found)
@@ -113,13 +121,13 @@ def is_checkpoint(path: Path) -> bool:
 
     A run may hold weights beside its checkpoints: trainers save the final model there.
     """
-    if _TRAINER_FOLDER.fullmatch(path.name):
+    if TRAINER_FOLDER.fullmatch(path.name):
         return path.exists()
     return formats.is_checkpoint(path) and not (path.is_dir() and any(_trainer_folders(path)))
 
 
 def _trainer_folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.is_dir() and _TRAINER_FOLDER.fullmatch(path.name))
+    return sorted(path for path in root.iterdir() if path.is_dir() and TRAINER_FOLDER.fullmatch(path.name))
 
 
 def from_checkpoints(paths: Sequence[Path], *, as_given: bool = False) -> Trajectory:
@@ -191,7 +199,7 @@ def _checkpoint_folders(root: Path) -> Iterator[Path]:
 def _meta(path: Path) -> CheckpointMeta:
     if not path.exists():
         raise InputError(f"{path} does not exist; expected a checkpoint")
-    if path.is_dir() and _TRAINER_FOLDER.fullmatch(path.name) and not formats.is_checkpoint(path):
+    if path.is_dir() and TRAINER_FOLDER.fullmatch(path.name) and not formats.is_checkpoint(path):
         return CheckpointMeta(incomplete="no weights are there yet")
     if path.is_dir():
         return hf_trainer.read_meta(path)
@@ -210,8 +218,8 @@ def _surviving_lineage(
     if not found:
         return [], []
     ordered = sorted(found, key=lambda item: (item[1].step or 0, _written_ns(item[0])))
-    newest_path, newest = ordered[-1]
-    kept: dict[int | Path, tuple[Path, CheckpointMeta]] = {}
+    newest_path, newest = _head(ordered)
+    kept: dict[int | None, tuple[Path, CheckpointMeta]] = {}
     dropped: list[tuple[Path, str]] = []
     for path, meta in ordered:
         if path is not newest_path and _contradicts(meta.log, newest.log):
@@ -222,11 +230,33 @@ def _surviving_lineage(
                 )
             )
             continue
-        key = path if meta.step is None else meta.step
-        if key in kept:
-            dropped.append((kept[key][0], f"step {meta.step} occurs again, later written, as {path}"))
-        kept[key] = (path, meta)
+        if meta.step in kept:
+            dropped.append((kept[meta.step][0], f"step {meta.step} occurs again, later written, as {path}"))
+        kept[meta.step] = (path, meta)
     return list(kept.values()), dropped
+
+
+def _head(ordered: Sequence[tuple[Path, CheckpointMeta]]) -> tuple[Path, CheckpointMeta]:
+    """Where the run is now: its highest step, or, after a restart that is not yet that far, what was written
+    last.
+
+    Times are trusted within a folder, where the trainer made them. Raises InputError where the highest step
+    and the last written contradict each other across folders: copying changes times, so it cannot be told
+    which is alive.
+    """
+    highest = ordered[-1]
+    others = [item for item in ordered if _contradicts(item[1].log, highest[1].log)]
+    latest = max(others, key=lambda item: _written_ns(item[0]), default=highest)
+    if _written_ns(latest[0]) <= _written_ns(highest[0]):
+        return highest
+    if latest[0].parent == highest[0].parent:
+        return latest
+    raise InputError(
+        f"{highest[0]} has the highest step but {latest[0]} was written later, and their logs contradict "
+        "each other: "
+        "they are of two lineages of a restarted run. Leave the dead one's folder out, or name checkpoints "
+        "one by one"
+    )
 
 
 def _contradicts(log: TrainingLog, newest: TrainingLog) -> bool:
