@@ -11,6 +11,7 @@ from pma.errors import UsageError
 _COUNT = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _BYTES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "B": 1}
+_LONGEST_TEXT = 40
 _NUMBER = re.compile(r"\s*(\d+(?:[_,]\d{3})*(?:\.\d+)?|\.\d+)\s*([A-Za-z]*)\s*", re.ASCII)
 
 
@@ -35,7 +36,7 @@ class Tokens:
 
 
 def _parse(text: str, units: dict[str, int], what: str, examples: str) -> int:
-    match = _NUMBER.fullmatch(text)
+    match = _NUMBER.fullmatch(text) if len(text) <= _LONGEST_TEXT else None
     if match is None or match[2].upper() not in units:
         raise UsageError(f"{what} {text!r} is not understood: expected a number such as {examples}")
     exact = Decimal(re.sub("[_,]", "", match[1])) * units[match[2].upper()]
@@ -57,7 +58,7 @@ def parse_bytes(text: str) -> int:
 
 def parse_distance(text: str) -> Steps | Tokens:
     """`8B` or `250M` are tokens, `400` or `400steps` are optimizer steps."""
-    steps = re.fullmatch(r"\s*(\d+)\s*(?:steps?)?\s*", text, flags=re.IGNORECASE | re.ASCII)
+    steps = re.fullmatch(r"\s*(\d{1,18})\s*(?:steps?)?\s*", text, flags=re.IGNORECASE | re.ASCII)
     if steps:
         distance: Steps | Tokens = Steps(int(steps[1]))
     else:

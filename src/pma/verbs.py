@@ -153,8 +153,15 @@ def _inspect_run(path: Path) -> dict[str, Any]:
         "path": str(path),
         "checkpoints": [point.describe() for point in found.points],
         "left_out": [{"path": str(where), "reason": reason} for where, reason in found.left_out],
-        "suggestion": suggestion(found),
+        "suggestion": _suggestion_or_why_not(found),
     }
+
+
+def _suggestion_or_why_not(found: Trajectory) -> str:
+    try:
+        return suggestion(found)
+    except InputError as error:
+        return f"No window is suggested: {error}"
 
 
 def _merged_from(path: Path) -> dict[str, Any] | None:

@@ -69,7 +69,9 @@ def given(values: Sequence[float]) -> Weights:
     1e-6.
     """
     weights_N = np.asarray(values, dtype=np.float64)
-    if not np.isfinite(weights_N).all() or abs(weights_N.sum() - 1) > 1e-6:
+    if not np.isfinite(weights_N).all():
+        raise UsageError("given weights must be finite numbers that sum to 1")
+    if abs(weights_N.sum() - 1) > 1e-6:
         raise UsageError(f"given weights must be numbers that sum to 1; these sum to {weights_N.sum():g}")
     if abs(weights_N.sum() - 1) <= 1e-12:
         return weights_N  # as they are, to the bit: a recorded merge must come out the same again

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import signal
+import sys
+from io import TextIOWrapper
 from types import FrameType
 
 import typer
 
 from pma.cli import evaluating, merging, training
+from pma.errors import Interrupted
+
+_LIBRARY_INTERRUPTED = 130
 
 app = typer.Typer(
     name="pma",
@@ -30,6 +35,16 @@ def _terminated(_signal: int, _frame: FrameType | None) -> None:
 
 def main() -> None:
     """Entry point of the command."""
-    # a scheduler's SIGTERM ends a command as tidily as Ctrl-C
-    signal.signal(signal.SIGTERM, _terminated)
-    app()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name need not be valid text
+    # a scheduler's SIGTERM and a lost terminal end a command as tidily as Ctrl-C
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminated)
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(Interrupted.exit_status)
+    except SystemExit as stop:
+        # an interrupt between our own lines reaches the command line library, which has a status of its own
+        sys.exit(Interrupted.exit_status if stop.code == _LIBRARY_INTERRUPTED else stop.code)

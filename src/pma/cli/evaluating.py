@@ -38,9 +38,9 @@ def evaluate(
     annealed: Annotated[
         Path | None, typer.Option("--annealed", help="An annealed checkpoint: adds the gain recovered.")
     ] = None,
-    cloze: Annotated[int, typer.Option("--cloze", help="Number of cloze items; 0 for none.")] = 400,
+    cloze: Annotated[int, typer.Option("--cloze", min=0, help="Number of cloze items; 0 for none.")] = 400,
     context: Annotated[
-        int | None, typer.Option("--context", help="Tokens the model looks at; its own by default.")
+        int | None, typer.Option("--context", min=2, help="Tokens the model looks at; its own by default.")
     ] = None,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:

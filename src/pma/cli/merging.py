@@ -256,7 +256,7 @@ def _counted(planned: Plan, show: Callable[[float, str], None]) -> Callable[[int
 def verify(
     out: Annotated[Path, typer.Argument(help="A folder that `pma merge` wrote.", show_default=False)],
     samples: Annotated[
-        int, typer.Option("--samples", help="Blocks to derive again from the sources; 0 for none.")
+        int, typer.Option("--samples", min=0, help="Blocks to derive again from the sources; 0 for none.")
     ] = 16,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:

@@ -101,6 +101,7 @@ def write(
     them again.
     """
     warnings = check_output(plan, out, inside_run=inside_run)
+    copied = side_files.read(plan.sources[-1].point.path, plan.options.dtype)
     started = time.monotonic()
     # what takes long to import comes before anything is on disk: a signal amid it may abort the process
     import pma.engine.compute  # noqa: F401
@@ -115,9 +116,10 @@ def write(
             part.close()
         provenance.check_unchanged(plan)
         writer.finish()
-        newest = plan.sources[-1].point.path
-        copied = side_files.copy(newest, writer, plan.options.dtype)
-        value = provenance.record(plan, digests, folder, copied, add_sha256=sha256)
+        for name, data in copied.items():
+            writer.write_bytes(name, data)
+        origins = {name: os.path.realpath(plan.sources[-1].point.path / name) for name in copied}
+        value = provenance.record(plan, digests, folder, origins, add_sha256=sha256)
         if hash_sources:
             _add_source_digests(value)
         writer.write_bytes(provenance.RECORD_FILE, provenance.encode(value))

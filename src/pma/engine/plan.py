@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pma import averaging, formats
+from pma.engine import side_files
 from pma.engine.blocks import Block, Policy, block_bytes_within, buffer_ratio, cut
 from pma.errors import InputError, MismatchError, UsageError, printable
 from pma.formats.contracts import CheckpointReader
@@ -182,6 +183,7 @@ def plan(
         ratio = _worst_ratio(tensors, policies, layout)
         block_bytes = block_bytes_within(options.memory_bytes, options.threads, ratio)
         blocks = tuple(cut(layout, tensors, policies, block_bytes))
+        side_files.read(newest.path, options.dtype)  # what cannot be read or used must show before the work
         files = [reader.identities() for reader in readers]
         on_error.pop_all()
     return Plan(

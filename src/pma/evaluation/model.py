@@ -15,6 +15,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LONGEST_CONTEXT_TOKENS = 2_048
+# a configuration is untrusted, and its values reach arithmetic and shapes deep inside transformers
+_WHAT_A_WRONG_CONFIGURATION_RAISES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def load_scorer(tensors: Mapping[str, Tensor], like: Path, *, context_tokens: int | None = None) -> Scorer:
@@ -24,6 +36,7 @@ def load_scorer(tensors: Mapping[str, Tensor], like: Path, *, context_tokens: in
     fit.
     """
     try:
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise MissingExtra("evaluation", "eval", "transformers") from error
@@ -35,21 +48,25 @@ def load_scorer(tensors: Mapping[str, Tensor], like: Path, *, context_tokens: in
     try:
         config = AutoConfig.from_pretrained(like, local_files_only=True, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(like, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        with torch.device("meta"):
+            architecture = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+        model, info = architecture.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(tensors),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
+    except (StrictDataclassError, *_WHAT_A_WRONG_CONFIGURATION_RAISES) as error:
         raise InputError(
-            f"{like} cannot be evaluated: its configuration or tokenizer is missing or unknown to "
-            "transformers "
-            f"({printable(str(error))})"
+            f"{like} cannot be evaluated: its configuration or tokenizer is missing, damaged or unknown to "
+            f"transformers ({printable(str(error))})"
         ) from error
-    with torch.device("meta"):
-        architecture = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-    model, info = architecture.from_pretrained(
-        None, config=config, state_dict=dict(tensors), output_loading_info=True
-    )
-    wrong = [*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
+    wrong = sorted([*info["missing_keys"], *info["unexpected_keys"], *mismatched])
     if wrong:
         raise InputError(
-            f"{like}: its configuration does not fit its tensors, for example {printable(sorted(wrong)[0])}"
+            f"{like}: its configuration does not fit its tensors, for example {printable(wrong[0])}"
         )
     model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     longest = getattr(config, "max_position_embeddings", None) or _LONGEST_CONTEXT_TOKENS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -63,7 +64,22 @@ class Recipe:
     PRECISIONS: ClassVar = ("float32", "bfloat16")
 
     def __post_init__(self) -> None:
-        run = self.run
+        run, optimizer = self.run, self.optimizer
+        for what, ok in (
+            ("batch_sequences must be at least 1", run.batch_sequences >= 1),
+            ("micro_batch_sequences must be at least 1", (run.micro_batch_sequences or 1) >= 1),
+            ("log_every_steps must be at least 1", run.log_every_steps >= 1),
+            ("context_tokens must be at least 2", self.text.context_tokens >= 2),
+            (
+                "vocabulary_tokens must be at least 257: every byte and the end of text",
+                self.text.vocabulary_tokens > 256,
+            ),
+            ("learning_rate must be above 0 and finite", 0 < optimizer.learning_rate < math.inf),
+            ("warmup_steps must not be negative", optimizer.warmup_steps >= 0),
+            ("seed must lie between 0 and 2**32 - 1", 0 <= run.seed < 2**32),
+        ):
+            if not ok:
+                raise UsageError(f"recipe {self.name}: {what}")
         if "model_type" not in self.model:
             raise UsageError(f'recipe {self.name}: [model] needs model_type, such as "llama"')
         if run.precision not in self.PRECISIONS:
@@ -104,13 +120,13 @@ def load_recipe(name_or_path: str) -> Recipe:
     if name_or_path in built_in and not path.is_file():
         text = built_in[name_or_path].read_text()
     elif path.is_file():
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
     else:
         names = ", ".join(sorted(name for name in built_in if not name.startswith("_")))
         raise UsageError(f"recipe {name_or_path!r} is neither a file nor built in; there are {names}")
     try:
         return from_tables(tomllib.loads(text), name_or_path)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise UsageError(f"recipe {name_or_path} is not valid TOML: {error}") from error
 
 
@@ -119,8 +135,11 @@ def from_tables(tables: Mapping[str, Any], where: str) -> Recipe:
     expected = {"name", "model", "text", "optimizer", "run"}
     for name in set(tables) ^ expected:
         raise UsageError(f"recipe {where}: {name} is {'unknown' if name in tables else 'missing'}")
+    for name in sorted(expected - {"name"}):
+        if not isinstance(tables[name], Mapping):
+            raise UsageError(f"recipe {where}: {name} is {tables[name]!r}, expected a table [{name}]")
     return Recipe(
-        name=tables["name"],
+        name=str(tables["name"]),
         model=dict(tables["model"]),
         text=_filled(TextRecipe, tables["text"], f"{where} [text]"),
         optimizer=_filled(OptimizerRecipe, tables["optimizer"], f"{where} [optimizer]"),

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pma.errors import InputError, UsageError
+from pma.errors import InputError, UsageError, printable
 from pma.evaluation import write_documents
+from pma.formats import open_checkpoint
 from pma.formats.strict_json import load_object
 from pma.pretraining.corpus import load_corpus
 from pma.pretraining.recipe import Recipe, from_tables
@@ -63,12 +64,15 @@ def read_record(folder: Path) -> RunRecord:
     if not path.is_file():
         raise InputError(f"{folder} holds no {RECORD_FILE}; expected a run that `pma pretrain` made")
     value = load_object(path, _LARGEST_RECORD_BYTES)
-    fork = value.get("fork")
-    return RunRecord(
-        recipe=from_tables(value["recipe"], str(path)),
-        text=tuple(value["text"]),
-        fork=Fork(**{**fork, "checkpoint": Path(fork["checkpoint"])}) if fork else None,
-    )
+    try:
+        fork = value.get("fork")
+        return RunRecord(
+            recipe=from_tables(value["recipe"], str(path)),
+            text=tuple(value["text"]),
+            fork=Fork(**{**fork, "checkpoint": Path(fork["checkpoint"])}) if fork else None,
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged: {printable(repr(error))}") from error
 
 
 def enter(folder: Path, asked: RunRecord) -> None:
@@ -158,11 +162,17 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
-    """The newest complete checkpoint of the run and its step; None where there is none yet."""
+    """The newest checkpoint of the run that is whole, and its step; None where there is none yet."""
     if not any(folder.glob("checkpoint-*")):
         return None
     try:
-        newest = discover([folder]).points[-1]
+        points = discover([folder]).points
     except InputError:
         return None  # all there is, is incomplete
-    return (newest.path, newest.step) if newest.step is not None else None
+    for point in reversed(points):
+        try:
+            open_checkpoint(point.path).close()
+        except InputError:
+            continue  # cut short: the one before it is gone back to
+        return point.path, point.step or 0
+    return None

@@ -43,6 +43,7 @@ def pretrain(
 
     Raises UsageError where `out` holds another run, Interrupted when stopped (the same call goes on).
     """
+    _check_model(recipe)
     record = RunRecord(recipe=recipe, text=tuple(str(Path(path).resolve()) for path in text))
     run_folder.enter(out, record)
     run_folder.prepare_text(out, recipe, record.text)
@@ -150,6 +151,40 @@ def _trainer(out: Path, record: RunRecord, steps: int, newest: Path | None, prog
     return trainer
 
 
+def _check_model(recipe: Recipe) -> None:
+    """Raises UsageError for a model that transformers cannot build, before anything is written."""
+    try:
+        import torch
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise MissingExtra("pre-training", "train", str(error.name)) from error
+    quiet_transformers()
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(_config(recipe, end_of_text=0))
+    except (StrictDataclassError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"recipe {recipe.name}: transformers cannot build its model: {printable(str(error))}"
+        ) from error
+
+
+def _config(recipe: Recipe, end_of_text: int) -> Any:
+    from transformers import AutoConfig
+
+    settings = dict(recipe.model)
+    return AutoConfig.for_model(
+        settings.pop("model_type"),
+        **settings,
+        vocab_size=recipe.text.vocabulary_tokens,
+        max_position_embeddings=recipe.text.context_tokens,
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+        pad_token_id=None,
+        use_cache=False,
+    )
+
+
 def _model(recipe: Recipe, tokenizer: Any, checkpoint: Path | None) -> Any:
     """A new model, or the checkpoint's.
 
@@ -157,19 +192,9 @@ def _model(recipe: Recipe, tokenizer: Any, checkpoint: Path | None) -> Any:
     them fused, and the Trainer loads by name, not strictly, so a resumed mixture would silently keep freshly
     drawn experts.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+    from transformers import AutoModelForCausalLM, set_seed
 
-    model_settings = dict(recipe.model)
-    config = AutoConfig.for_model(
-        model_settings.pop("model_type"),
-        **model_settings,
-        vocab_size=recipe.text.vocabulary_tokens,
-        max_position_embeddings=recipe.text.context_tokens,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=None,
-        use_cache=False,
-    )
+    config = _config(recipe, tokenizer.eos_token_id)
     set_seed(recipe.run.seed)
     if checkpoint is None:
         return AutoModelForCausalLM.from_config(config)
