@@ -243,6 +243,10 @@ BAD_REQUESTS = [
     (["--last", "30"], "only 10 complete checkpoints"),
     (["--last", "3", "--at", "55"], "no checkpoint of that step"),
     ([], "which checkpoints of the run?"),
+    (["--last", "3", "--every", "9" * 5000], "is not understood"),
+    (["--last", "3", "--memory", "9" * 400], "is not understood"),
+    (["--last", "3", "--weights", "inf,-inf,1"], "finite"),
+    (["--last", "3", "--threads", "0"], "at least one"),
     (["--last", "3", "--as-given"], "one by one"),
 ]
 
@@ -371,3 +375,55 @@ def test_the_version_is_the_distributions() -> None:
     import pma as package
 
     assert package.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "RUN", "--context", "0"],
+        ["eval", "RUN", "--cloze", "-1"],
+        ["verify", "RUN", "--samples", "-5"],
+        ["pretrain", "nano-dense", "-o", "OUT", "--seed", "-1"],
+        ["pretrain", "nano-dense", "-o", "OUT", "--learning-rate", "nan"],
+        ["pretrain", "nano-dense", "-o", "OUT", "--learning-rate", "0"],
+    ],
+)
+def test_numbers_out_of_range_are_wrong_use_and_write_nothing(
+    run: Path, tmp_path: Path, arguments: list[str]
+) -> None:
+    places = {"RUN": str(run), "OUT": str(tmp_path / "out")}
+    result = pma(*(places.get(a, a) for a in arguments))
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_that_transformers_cannot_build_writes_nothing(tmp_path: Path) -> None:
+    text = (ROOT / "src/pma/pretraining/recipes/nano-dense.toml").read_text()
+    for change, message in (
+        (('"llama"', '"nope"'), "cannot build"),
+        (("hidden_size = 96", 'hidden_size = "wide"'), "cannot build"),
+        (("num_attention_heads = 4", "num_attention_heads = 0"), "cannot build"),
+        (("vocabulary_tokens = 512", "vocabulary_tokens = 10"), "at least 257"),
+        (("batch_sequences = 16", "batch_sequences = 0"), "at least 1"),
+    ):
+        (tmp_path / "recipe.toml").write_text(text.replace(*change))
+        assert message in error_of(pma("pretrain", tmp_path / "recipe.toml", "-o", tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+
+
+def test_names_that_are_not_valid_text(tmp_path: Path) -> None:
+    name = os.fsdecode(b"run\xff")
+    tiny_run(tmp_path / name, steps=2)
+    command = [sys.executable, "-m", "pma", "inspect", str(tmp_path / name)]
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, check=False, capture_output=True, env=strict)
+    assert done.returncode == 0, done.stderr
+    assert b"checkpoint-20" in done.stdout
+
+
+def test_inspect_of_a_run_survives_a_damaged_newest_checkpoint(run: Path) -> None:
+    os.truncate(run / "checkpoint-100" / "model.safetensors", 100)
+    shown = pma("inspect", run)
+    assert shown.exit_code == 0
+    assert "No window is suggested" in shown.stdout

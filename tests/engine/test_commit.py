@@ -14,7 +14,7 @@ import pytest
 from pma import engine, formats, trajectory
 from pma.engine import MergeOptions
 from pma.engine.staging import staged, staging_folder
-from pma.errors import IncompleteError, Interrupted, MismatchError, SpaceError, UsageError
+from pma.errors import IncompleteError, Interrupted, MismatchError, PmaError, SpaceError, UsageError
 from pma.formats.safetensors import SafetensorsPart
 from pma.testing import tiny_run
 
@@ -265,3 +265,123 @@ def test_read_only_sources_and_another_file_system(tmp_path: Path) -> None:
         shutil.rmtree(out, ignore_errors=True)
         for path in (tmp_path / "run").rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+@pytest.mark.parametrize("kind", ["link", "folder", "lease and folder"])
+def test_a_foreign_folder_in_the_way_is_not_cleaned(tmp_path: Path, kind: str) -> None:
+    paths = tiny_run(tmp_path / "run", steps=2)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("mine")
+    hidden = staging_folder(tmp_path / "out")
+    if kind == "link":
+        hidden.symlink_to(precious)
+    else:
+        precious.rename(hidden)
+        precious = hidden
+    if kind == "lease and folder":
+        (hidden / ".pma-lease").write_text("{}")
+        (hidden / "sub").mkdir()
+    with plan(paths) as planned, pytest.raises(UsageError, match="in the way"):
+        engine.write(planned, tmp_path / "out")
+    assert (precious / "thesis.txt").read_text() == "mine"
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_killed_merge_left_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    paths = tiny_run(tmp_path / "run", steps=2, shapes=BIG)
+    with staged(tmp_path / "other") as folder:
+        (folder / "half").write_bytes(bytes(30_000_000))
+        folder.rename(staging_folder(tmp_path / "out"))
+        folder.mkdir()
+        (folder / ".pma-lease").write_text("{}")
+    free = shutil._ntuple_diskusage(10**9, 10**9, 1000)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with plan(paths) as planned:
+        engine.write(planned, tmp_path / "out")
+
+
+def test_a_run_of_links_or_of_other_names_is_a_run_too(tmp_path: Path) -> None:
+    paths = tiny_run(tmp_path / "archive", steps=2)
+    (tmp_path / "run").mkdir()
+    links = [tmp_path / "run" / path.name for path in paths]
+    for link, path in zip(links, paths, strict=True):
+        link.symlink_to(path)
+    with plan(links) as planned, pytest.raises(UsageError, match="inside the run"):
+        engine.write(planned, tmp_path / "run" / "merged")
+    named = [path.rename(path.parent / f"ckpt_{path.name[-2:]}") for path in paths]
+    with plan(named) as planned, pytest.raises(UsageError, match="inside the run"):
+        engine.write(planned, tmp_path / "archive" / "merged")
+
+
+def test_links_to_blobs_as_in_a_hub_cache(tmp_path: Path) -> None:
+    paths = tiny_run(tmp_path / "blobs", steps=2)
+    (tmp_path / "snapshot").mkdir()
+    links = [tmp_path / "snapshot" / f"m{number}.safetensors" for number in (1, 2)]
+    for link, path in zip(links, paths, strict=True):
+        link.symlink_to(path / "model.safetensors")
+    with plan(links) as planned:
+        engine.write(planned, tmp_path / "out", hash_sources=True)
+    found = engine.verify(tmp_path / "out")
+    assert (found.sources_changed, found.findings, found.blocks_derived) == ((), (), 1)
+
+
+def test_verify_looks_at_every_file(tmp_path: Path) -> None:
+    paths = tiny_run(tmp_path / "run", steps=2, shards=2)
+    with plan(paths) as planned:
+        engine.write(planned, tmp_path / "out")
+    (tmp_path / "out" / "config.json").write_text("{}")
+    (tmp_path / "out" / "model.safetensors.index.json").unlink()
+    findings = engine.verify(tmp_path / "out").findings
+    assert "config.json is not what was written" in findings[0]
+    assert "index.json is missing" in findings[1]
+
+
+def test_verify_of_a_missing_file_is_a_finding(tmp_path: Path) -> None:
+    paths = tiny_run(tmp_path / "run", steps=2)
+    with plan(paths) as planned:
+        engine.write(planned, tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    assert "is missing" in engine.verify(tmp_path / "out").findings[0]
+
+
+TAMPERED = [
+    {"sources": []},
+    {"sources": None},
+    {"sources": [{}]},
+    {"sources": [{"files": [{}]}]},
+    {"outputs": []},
+    {"outputs": [{"name": "../x", "size_bytes": 1, "chunk_bytes": 4 * 2**20, "blake3_chunks": ["0" * 64]}]},
+    {"outputs": [{"name": "x", "size_bytes": 1, "chunk_bytes": 10**30, "blake3_chunks": ["0" * 64]}]},
+    {"outputs": [{"name": "x", "size_bytes": 2**80, "chunk_bytes": 4 * 2**20, "blake3_chunks": []}]},
+    {"outputs": [{"name": "x", "size_bytes": 1, "chunk_bytes": 4 * 2**20, "blake3_chunks": ["zz"]}]},
+    {"small_files": [1]},
+    {"small_files": [{"name": "/etc/passwd", "blake3": ""}]},
+    {"dtype": "I8"},
+    {"exclude": 5},
+    {"pma_record": 99},
+]
+
+
+@pytest.mark.parametrize("change", TAMPERED)
+def test_a_tampered_record_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    paths = tiny_run(tmp_path / "run", steps=2)
+    with plan(paths) as planned:
+        engine.write(planned, tmp_path / "out")
+    record = tmp_path / "out" / "pma.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | change))
+    with pytest.raises(PmaError):
+        engine.verify(tmp_path / "out")
+
+
+def test_weights_edited_in_the_record_are_found(tmp_path: Path) -> None:
+    paths = tiny_run(tmp_path / "run", steps=2)
+    with plan(paths) as planned:
+        engine.write(planned, tmp_path / "out")
+    record = tmp_path / "out" / "pma.json"
+    value = json.loads(record.read_text())
+    value["sources"][0]["weight"], value["sources"][1]["weight"] = 0.25, 0.75
+    record.write_text(json.dumps(value))
+    assert "is not what the sources give" in engine.verify(tmp_path / "out").findings[0]

@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from pma import averaging, engine, trajectory
 from pma.engine import MergeOptions, blocks, provenance, stream
 from pma.errors import InputError, MismatchError, UsageError
-from pma.testing import random_raw, reference_average, tiny_llama_run, tiny_run
+from pma.testing import Raw, random_raw, reference_average, tiny_llama_run, tiny_run
 from pma.testing.builders import write_safetensors, write_trainer_state
 from pma.testing.reference import read_all, same_bytes
-from pma.types import DType
+from pma.types import DType, TensorSpec
 
 EXTRA = [
     random_raw("ids", DType.I64, (5,), seed=1),
@@ -377,3 +377,59 @@ def test_planning_needs_no_torch(tmp_path: Path) -> None:
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_a_mean_too_large_for_the_output_type_is_an_error(tmp_path: Path) -> None:
+    paths = []
+    for number in (1, 2):
+        path = tmp_path / "run" / f"checkpoint-{number}"
+        write_safetensors(path, [Raw(spec=TensorSpec(name="w", dtype=DType.F32, shape=(2,)), data=LARGE)])
+        write_trainer_state(path, number, every=1)
+        paths.append(path)
+    with pytest.raises(InputError, match="w: a mean is too large for F16"):
+        merged(paths, tmp_path / "out", dtype=DType.F16)
+    assert not (tmp_path / "out").exists()
+    assert merged(paths, tmp_path / "wide", dtype=DType.BF16).is_dir()
+
+
+LARGE = np.array([1.0, 1e5], dtype=np.float32).tobytes()
+
+
+def test_a_copied_tensor_may_not_hold_nan_either(tmp_path: Path) -> None:
+    paths = tiny_run(tmp_path / "run", steps=2)
+    file = paths[1] / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-2] + b"\xc0\x7f")  # the last element of the last tensor
+    name = list(engine.plan(trajectory.from_checkpoints(paths).points).tensors)[-1]
+    with pytest.raises(InputError, match=r"checkpoint-20 is not finite"):
+        merged(paths, tmp_path / "out", copy=(name,))
+    assert merged(paths, tmp_path / "out", copy=(name,), allow_nonfinite=True).is_dir()
+
+
+def test_a_tensor_that_only_an_older_checkpoint_has_can_be_excluded(tmp_path: Path) -> None:
+    paths = tiny_run(tmp_path / "run", steps=1, extra=[random_raw("old.extra", DType.BF16, (2,))])
+    paths += tiny_run(tmp_path / "more", steps=2)[1:]
+    with pytest.raises(MismatchError, match=r"old\.extra .* --exclude"):
+        merged(paths, tmp_path / "out")
+    assert set(read_all(merged(paths, tmp_path / "out", exclude=("old.*",)))) == set(read_all(paths[1]))
+
+
+def test_patterns_that_match_nothing_are_mistakes(tmp_path: Path) -> None:
+    paths = tiny_run(tmp_path / "run", steps=2)
+    with pytest.raises(UsageError, match="--copy 'nothing' matches no tensor"):
+        merged(paths, tmp_path / "out", copy=("nothing",))
+    with pytest.raises(UsageError, match="leaves no tensor"):
+        merged(paths, tmp_path / "out", exclude=("*",))
+
+
+def test_a_configuration_that_cannot_be_rewritten_shows_in_the_plan(tmp_path: Path) -> None:
+    paths = tiny_run(tmp_path / "run", steps=2)
+    (paths[1] / "config.json").write_text("not json")
+    with pytest.raises(InputError, match=r"checkpoint-20/config\.json is not valid JSON"):
+        engine.plan(trajectory.from_checkpoints(paths).points, MergeOptions(dtype=DType.F32))
+
+
+def test_a_merge_named_like_a_checkpoint_can_be_merged_again(tmp_path: Path) -> None:
+    paths = tiny_run(tmp_path / "run", steps=2)
+    first = merged(paths, tmp_path / "x" / "checkpoint-99")
+    other = merged(paths[:1], tmp_path / "x2" / "checkpoint-avg")
+    assert merged([first, other], tmp_path / "again").is_dir()

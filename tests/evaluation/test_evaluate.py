@@ -206,3 +206,26 @@ def test_what_is_not_text_is_refused(tmp_path: Path, content: bytes) -> None:
 def test_documents_that_are_all_alike_make_no_cloze() -> None:
     with pytest.raises(InputError, match="too much alike"):
         cloze_items([Document(name=str(i), text="a" * 500) for i in range(5)])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 64},
+        {"vocab_size": 5},
+        {"hidden_size": "abc"},
+        {"num_attention_heads": 0},
+        {"model_type": "t5"},
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_an_error(
+    run: Path, tmp_path: Path, change: dict[str, object]
+) -> None:
+    import shutil
+
+    other = tmp_path / "checkpoint-10"
+    shutil.copytree(run / "checkpoint-10", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=r"does not fit|cannot be evaluated"):
+        scorer_of(other)

@@ -181,6 +181,8 @@ def entry(start: int = 0, stop: int = 8, dtype: object = "F32", shape: object = 
         ({"a": entry(shape="2")}, "shape"),
         ({"a": entry(shape=(2**62, 2**62, 0), stop=0)}, "no tensor owns"),
         ({"a": entry(shape=(2**70,))}, "shape"),
+        ({"a": entry(shape=(2**62,) * 20)}, "shape"),
+        ({"\ud800x": entry()}, "UTF-8"),
         ({"a": entry(8, 0)}, "data_offsets"),
         ({"a": entry(-8, 0)}, "data_offsets"),
         ({"a": {**entry(), "data_offsets": [0, 8, 16]}}, "data_offsets"),
@@ -251,7 +253,17 @@ def test_terminal_escapes_in_names_are_not_printed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "shard",
-    ["../outside.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "a\\b.safetensors", "model.bin", ""],
+    [
+        "../outside.safetensors",
+        "/etc/passwd",
+        "sub/a.safetensors",
+        "..",
+        "a\\b.safetensors",
+        "model.bin",
+        "",
+        "a\x1b[31m.safetensors",
+        "\ud800.safetensors",
+    ],
 )
 def test_an_index_may_not_lead_out_of_the_folder(tmp_path: Path, shard: str) -> None:
     folder = tiny_run(tmp_path, steps=1, shards=2)[0]
@@ -276,6 +288,16 @@ def test_index_and_shards_agree_both_ways(tmp_path: Path) -> None:
     less = {name: file for name, file in whole["weight_map"].items() if name != "scale"}
     index.write_text(json.dumps({"weight_map": less}))
     with pytest.raises(FormatError, match="scale"):
+        formats.open_checkpoint(folder)
+
+
+def test_a_shard_that_the_index_does_not_name_is_refused(tmp_path: Path) -> None:
+    folder = tiny_run(tmp_path, steps=1, shards=3)[0]
+    index = folder / "model.safetensors.index.json"
+    whole = json.loads(index.read_text())["weight_map"]
+    less = {name: file for name, file in whole.items() if not file.startswith("model-00003")}
+    index.write_text(json.dumps({"weight_map": less}))
+    with pytest.raises(FormatError, match=r"model-00003-of-00003\.safetensors looks"):
         formats.open_checkpoint(folder)
 
 

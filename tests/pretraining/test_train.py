@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from pma import trajectory
-from pma.errors import Interrupted, UsageError
+from pma.errors import InputError, Interrupted, UsageError
 from pma.pretraining import fork, pretrain
 from pma.trajectory import Phase
 
@@ -159,3 +159,22 @@ def test_the_mixture_is_trained_with_a_load_balancing_loss(tmp_path: Path) -> No
     model = AutoModelForCausalLM.from_pretrained(made.checkpoint)
     assert model.config.output_router_logits
     assert model.config.router_aux_loss_coef > 0
+
+
+def test_a_newest_checkpoint_that_is_cut_short_is_gone_back_behind(tmp_path: Path) -> None:
+    import os
+
+    text = [str(tiny_text(tmp_path / "text"))]
+    whole = pretrain(tiny_recipe(), tmp_path / "run", text=text)
+    expected = weights(whole.checkpoint)
+    os.truncate(whole.checkpoint / "model.safetensors", 500)
+    again = pretrain(tiny_recipe(), tmp_path / "run", text=text)
+    assert again.resumed_from == 8
+    assert weights(again.checkpoint) == expected
+
+
+def test_a_damaged_run_record_is_an_error(tmp_path: Path) -> None:
+    pretrain(tiny_recipe(steps=4), tmp_path / "run", text=[str(tiny_text(tmp_path / "text"))])
+    (tmp_path / "run" / "run.json").write_text('{"pma_run": 1}')
+    with pytest.raises(InputError, match="damaged"):
+        pretrain(tiny_recipe(steps=4), tmp_path / "run")
