@@ -23,6 +23,7 @@ class PlainReader:
     format = "plain"
     request_bytes = 1024
     requests_in_flight = 2
+    ignored_files = ()
 
     def __init__(self, path: Path, delay: float = 0.0) -> None:
         self.path = path

@@ -301,6 +301,15 @@ def test_a_shard_that_the_index_does_not_name_is_refused(tmp_path: Path) -> None
         formats.open_checkpoint(folder)
 
 
+def test_other_tensors_beside_the_model_are_told(tmp_path: Path) -> None:
+    folder = tiny_run(tmp_path, steps=1)[0]
+    write_safetensors(tmp_path / "other", [random_raw("a", DType.BF16, (2,))])
+    (folder / "adapter.safetensors").write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
+    with closing(formats.open_checkpoint(folder)) as reader:
+        assert "a" not in reader.tensors
+        assert reader.ignored_files == ("adapter.safetensors",)
+
+
 def test_one_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     folder = tiny_run(tmp_path, steps=1, shards=2)[0]
     second = folder / "model-00002-of-00002.safetensors"

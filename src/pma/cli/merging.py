@@ -151,6 +151,8 @@ def _show_plan(description: dict[str, Any]) -> None:
     table(("checkpoint", "step", "tokens", "lr", "phase", "weight", "size"), rows)
     for entry in description["left_out"]:
         note(f"left out: {entry['path']}: {entry['reason']}")
+    if description["ignored_files"]:
+        note(f"not part of the checkpoints and not read: {_listed(description['ignored_files'])}")
     policies = ", ".join(f"{count} {policy}" for policy, count in description["tensors"].items() if count)
     read, written = description["bytes_to_read"], description["bytes_to_write"]
     say()

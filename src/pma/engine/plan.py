@@ -134,6 +134,7 @@ class Plan:
             "scheme": _scheme_text(self.options),
             "sources": [_described(source) for source in self.sources],
             "left_out": [{"path": str(path), "reason": reason} for path, reason in self.left_out],
+            "ignored_files": [f"{r.path / name}" for r in self.readers for name in r.ignored_files],
             "tensors": {policy: len(names) for policy, names in groups.items()},
             "copied": groups["copy newest"],
             "excluded": groups["excluded"],

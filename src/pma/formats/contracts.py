@@ -33,6 +33,8 @@ class CheckpointReader(Protocol):
     path: Path
     request_bytes: int
     requests_in_flight: int
+    #: files beside the checkpoint's own that hold tensors too and are not part of it; a plan shows them
+    ignored_files: tuple[str, ...]
 
     @property
     def meta(self) -> CheckpointMeta:

@@ -50,6 +50,8 @@ class SafetensorsReader:
         self.path = path
         self._folder = path if path.is_dir() else path.parent
         self._headers = {name: read_header(self._folder / name) for name in _shard_names(path)}
+        beside = sorted(found.name for found in path.glob("*.safetensors")) if path.is_dir() else []
+        self.ignored_files = tuple(name for name in beside if name not in self._headers)
         self._file_of: dict[str, str] = {}
         for file, header in self._headers.items():
             for name in header.tensors:
