@@ -24,8 +24,9 @@ demo: .venv/.installed
 demo-moe: .venv/.installed
 	$(BIN)/pma demo --moe -o $(DEMO)-moe
 
+# one torch thread: tiny models gain nothing from more, and spinning threads on a busy machine cost minutes
 test: .venv/.installed
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest
 
 check: .venv/.installed
 	$(BIN)/ruff check

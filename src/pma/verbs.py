@@ -5,7 +5,7 @@ one room.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -188,13 +188,18 @@ def evaluate(
     *,
     cloze: int = 400,
     context_tokens: int | None = None,
+    announce: Callable[[str], None] | None = None,
 ) -> list[Evaluation]:
-    """Evaluate each candidate on the same documents, one after the other."""
+    """Evaluate each candidate on the same documents, one after the other; `announce` is told whose turn it
+    is.
+    """
     from pma.evaluation.evaluate import evaluate as evaluate_one
     from pma.evaluation.model import load_scorer
 
     evaluations = []
     for candidate in candidates:
+        if announce is not None:
+            announce(candidate.name)
         with plan(candidate.choice, candidate.options) as planned:
             tensors = engine.average(planned)
             like = planned.sources[-1].point.path

@@ -93,7 +93,7 @@ def test_merge_then_verify_then_inspect(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     value = json.loads(pma("merge", run, "--last", 4, "-o", out, "--json").stdout)
     assert value["checkpoints"] == 4
-    assert "all as it was written" in pma("verify", out).stdout
+    assert "every file is as it was written, and what its sources give" in pma("verify", out).stdout
     assert json.loads(pma("verify", out, "--json").stdout)["findings"] == []
     assert "sma of 4 checkpoints, steps 70 to 100" in pma("inspect", out).stdout
 

@@ -42,6 +42,7 @@ def test_gain_recovered() -> None:
     assert share.value == pytest.approx(0.5, abs=0.01)
     assert share.low < 0.5 < share.high
     assert gain_recovered(last, last - 1, last + noise, counts) is None  # annealing that did nothing
+    assert gain_recovered(last, last + 1, last + 2, counts) is None  # annealing that made it worse
 
 
 def test_a_pairing_is_sharper_than_its_parts() -> None:

@@ -6,10 +6,13 @@ import signal
 import sys
 from io import TextIOWrapper
 from types import FrameType
+from typing import Annotated
 
 import typer
 
+from pma import __version__
 from pma.cli import evaluating, merging, training
+from pma.cli.output import say
 from pma.errors import Interrupted
 
 _LIBRARY_INTERRUPTED = 130
@@ -27,6 +30,17 @@ training.register_demo(app)
 merging.register(app)
 evaluating.register(app)
 training.register(app)
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)
+    ] = False,
+) -> None:
+    if version:
+        say(f"pma-llm {__version__}")
+        raise typer.Exit
 
 
 def _terminated(_signal: int, _frame: FrameType | None) -> None:

@@ -13,11 +13,13 @@ from pma.cli.output import command, note, say
 from pma.errors import UsageError
 from pma.verbs import Candidate, Choice
 
+_FEW_DOCUMENTS = 10
+
 
 def register(app: typer.Typer) -> None:
     """Add these commands to `app`."""
-    app.command("eval")(command(evaluate))
-    app.command("report")(command(report))
+    app.command("eval", short_help="Held-out loss of checkpoints or unwritten merges.")(command(evaluate))
+    app.command("report", short_help="The HTML report of a demo or run, again.")(command(report))
 
 
 def evaluate(
@@ -65,8 +67,15 @@ def evaluate(
     if annealed is not None:
         candidates.append(Candidate(name=str(annealed), choice=checkpoint_choice(annealed)))
     documents = verbs.held_out_documents(text or (), sources[0])
-    note(f"evaluating {len(candidates)} models on {len(documents)} documents")
-    evaluations = verbs.evaluate(candidates, documents, cloze=cloze, context_tokens=context)
+    if len(documents) < _FEW_DOCUMENTS:
+        note(f"only {len(documents)} held-out documents: errors over so few are rough")
+    evaluations = verbs.evaluate(
+        candidates,
+        documents,
+        cloze=cloze,
+        context_tokens=context,
+        announce=lambda name: note(f"evaluating {name} on {len(documents)} documents"),
+    )
     rows = [row.to_json() for row in compare(evaluations, evaluations[-1] if annealed is not None else None)]
     if not json_output:
         from pma.cli.comparison import show_comparison

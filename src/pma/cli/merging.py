@@ -20,10 +20,10 @@ from pma.quantities import bytes_text, count_text
 
 def register(app: typer.Typer) -> None:
     """Add these commands to `app`."""
-    app.command("inspect")(command(inspect))
-    app.command("plan")(command(plan))
-    app.command("merge")(command(merge))
-    app.command("verify")(command(verify))
+    app.command("inspect", short_help="What a run or checkpoint is.")(command(inspect))
+    app.command("plan", short_help="What a merge would do; reads headers only.")(command(plan))
+    app.command("merge", short_help="Average checkpoints into a new one.")(command(merge))
+    app.command("verify", short_help="Is a merge still what was written, and right?")(command(verify))
 
 
 def inspect(
@@ -144,7 +144,7 @@ def _show_plan(description: dict[str, Any]) -> None:
             _or_unknown(source["learning_rate"]),
             source["phase"],
             f"{source['weight']:.4f}",
-            source["bytes"],
+            bytes_text(source["bytes"]),
         )
         for source in description["sources"]
     ]
@@ -278,7 +278,10 @@ def verify(
         for change in done.sources_changed:
             say(f"  source: {change}; nothing was derived again")
         if not done.findings and not done.sources_changed:
-            say("  all as it was written")
+            say(
+                "  every file is as it was written"
+                + (", and what its sources give" if done.blocks_derived else "")
+            )
     return {**asdict(done), "path": str(out), "exit_status": 1 if done.findings else 0}
 
 

@@ -18,12 +18,12 @@ from pma.quantities import count_text, parse_tokens
 
 def register_demo(app: typer.Typer) -> None:
     """Add `demo`, which the help lists first."""
-    app.command("demo")(command(demo))
+    app.command("demo", short_help="The whole story in two minutes.")(command(demo))
 
 
 def register(app: typer.Typer) -> None:
     """Add these commands to `app`."""
-    app.command("pretrain")(command(pretrain))
+    app.command("pretrain", short_help="Pre-train a recipe, or anneal a fork of a run.")(command(pretrain))
 
 
 Output = Annotated[Path, typer.Option("--out", "-o", help="The folder.", show_default=False)]
@@ -61,7 +61,10 @@ def pretrain(
     ] = None,
     text: Annotated[
         list[Path] | None,
-        typer.Option("--text", help="Training text: files or folders, also .xz. Default: embedded."),
+        typer.Option(
+            "--text",
+            help="Training text: files or folders, also .xz; a file is a document. Default: embedded.",
+        ),
     ] = None,
     tokens: Annotated[
         str | None, typer.Option("--tokens", help="Length of the run, or of a fork's decay: 250M.")
@@ -95,9 +98,12 @@ def pretrain(
             raise UsageError(
                 "a fork keeps the recipe, text and peak rate of its run; leave RECIPE and those flags out"
             )
+        missing = [flag for flag, value in (("--anneal", anneal), ("--tokens", tokens)) if value is None]
         if anneal is None or tokens is None:
             raise UsageError(
-                "--fork-from needs --anneal cosine|linear|1-sqrt and --tokens, the length of the decay"
+                f"--fork-from also needs {' and '.join(missing)}, such as --anneal cosine --tokens 300K: the "
+                "shape and "
+                "the length of the decay"
             )
         with training_bar("annealing") as bar:
             made = fork(fork_from, out, anneal=anneal, tokens=parse_tokens(tokens), seed=seed, progress=bar)

@@ -48,7 +48,7 @@ def verdict(demo: Demo, rows: Sequence[Row]) -> str:
     )
     text += f" Annealing for {count_text(demo.anneal_tokens)} tokens more {_changes(annealed.improvement)}"
     share = merge.gain_recovered
-    if share is None or annealed.improvement.value < 0:
+    if share is None:
         return f"{text}, so there is no gain of annealing to recover."
     return (
         f"{text}: the merge recovered {100 * share.value:.0f}% ± {100 * share.standard_error:.0f}% of that."

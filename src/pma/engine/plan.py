@@ -19,7 +19,6 @@ from pma.engine.blocks import Block, Policy, block_bytes_within, buffer_ratio, c
 from pma.errors import InputError, MismatchError, UsageError, printable
 from pma.formats.contracts import CheckpointReader
 from pma.formats.safetensors import SafetensorsReader, plan_layout, shards_like
-from pma.quantities import bytes_text
 from pma.trajectory import TrajectoryPoint
 from pma.types import DType, FileIdentity, Layout, TensorSpec
 
@@ -307,5 +306,5 @@ def _scheme_text(options: MergeOptions) -> str:
 
 
 def _described(source: Source) -> dict[str, Any]:
-    size = bytes_text(sum(file.size_bytes for file in source.files))
-    return {**source.point.describe(), "weight": source.weight, "bytes": size}
+    size_bytes = sum(file.size_bytes for file in source.files)
+    return {**source.point.describe(), "weight": source.weight, "bytes": size_bytes}

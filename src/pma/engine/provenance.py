@@ -142,6 +142,8 @@ def load(out: Path) -> dict[str, Any]:
 
 def _misshapen(value: Mapping[str, Any]) -> str | None:
     """What is wrong with a record's shape, or None. It is as untrusted as any file."""
+    if not isinstance(value.get("small_files"), list):
+        return "small_files is missing"
     for name in ("sources", "outputs"):
         entries = value.get(name)
         if (

@@ -47,10 +47,13 @@ def paired_difference(value_a_D: ArrayLike, value_b_D: ArrayLike, count_D: Array
 def gain_recovered(
     last_D: ArrayLike, merge_D: ArrayLike, annealed_D: ArrayLike, count_D: ArrayLike
 ) -> Estimate | None:
-    """(last - merge) / (last - annealed) of mean losses; None where the denominator's interval contains 0."""
+    """(last - merge) / (last - annealed) of mean losses.
+
+    None unless annealing lowered the loss beyond its error: without a gain there is none to recover.
+    """
     last, merge, annealed = (np.asarray(x, dtype=np.float64) for x in (last_D, merge_D, annealed_D))
     denominator = paired_difference(last, annealed, count_D)
-    if denominator.low <= 0 <= denominator.high:
+    if denominator.low <= 0:
         return None
     gained, possible = last - merge, last - annealed
     share = float(gained.sum() / possible.sum())

@@ -57,9 +57,11 @@ def load_corpus(paths: Sequence[Path]) -> Corpus:
     for side, members in sides.items():
         if not members:
             raise InputError(
-                f"{source} has {len(kept)} different documents, too few: none fell to {side}. Give more "
-                "text, or text "
-                "with its documents separated by a line <|endoftext|>"
+                f"{source} has {len(kept)} different documents, too few: none fell to {side}. Each goes to a "
+                "side by "
+                f"its hash, {_HELD_OUT:.0%} of them held out and {_VALIDATION:.0%} for validation, so give a "
+                "hundred "
+                "or more. A file is one document, or several separated by lines <|endoftext|>"
             )
     return Corpus(
         training=tuple(sides["training"]),

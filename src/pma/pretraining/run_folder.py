@@ -88,7 +88,10 @@ def enter(folder: Path, asked: RunRecord) -> None:
     else:
         before = read_record(folder)
         same_length = replace(before.recipe, run=replace(before.recipe.run, tokens=asked.recipe.run.tokens))
-        if replace(before, recipe=same_length) != asked:
+        changed = replace(before, recipe=same_length) != asked
+        if changed and not any(folder.glob("checkpoint-*")):
+            shutil.rmtree(folder / TEXT_FOLDER, ignore_errors=True)  # nothing was trained yet: start afresh
+        elif changed:
             raise UsageError(
                 f"{folder} holds a run of another recipe, text, seed or fork ({_difference(before, asked)}); "
                 "choose another output"

@@ -156,11 +156,17 @@ def _check_model(recipe: Recipe) -> None:
     try:
         import torch
         from huggingface_hub.errors import StrictDataclassError
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
         raise MissingExtra("pre-training", "train", str(error.name)) from error
     quiet_transformers()
     try:
+        known = AutoConfig.for_model(recipe.model["model_type"])
+        for name in recipe.model:
+            if not hasattr(known, name):
+                raise UsageError(
+                    f"recipe {recipe.name}: [model] {name} is unknown to {recipe.model['model_type']}"
+                )
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(_config(recipe, end_of_text=0))
     except (StrictDataclassError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:

@@ -138,7 +138,8 @@ def _scale(alt: Any, values: Sequence[float]) -> Any:
 
 def _smoothed(values: Sequence[float]) -> list[float]:
     """Means over a window centred on each point, cut off at the ends: smooth without lagging behind."""
-    windows = (values[max(0, i - _SMOOTHING_REACH) : i + _SMOOTHING_REACH + 1] for i in range(len(values)))
+    reach = min(_SMOOTHING_REACH, len(values) // 20)  # few points are drawn as they are
+    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
 
 

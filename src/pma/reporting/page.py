@@ -30,9 +30,10 @@ body { padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: .3rem; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
 p.lead { font-size: 1.1rem; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .3rem .45rem; border-bottom: 1px solid #e3e6ea; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; white-space: normal; }
+.chart svg { max-width: 100%; height: auto; }
 th { font-weight: 600; }
 .wide, .chart { width: 100%; overflow-x: auto; }
 pre { background: #f4f5f7; padding: .5rem .8rem; overflow-x: auto; margin: .2rem 0 .8rem; font-size: .85rem; }

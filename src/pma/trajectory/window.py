@@ -60,6 +60,14 @@ def _spaced(points: Sequence[TrajectoryPoint], last: int, every: Steps | Tokens)
     for back in range(last - 1, -1, -1):
         mark = positions[-1] - back * every.count
         nearest = min(range(len(points)), key=lambda index: abs(positions[index] - mark))
+        if mark < positions[0] - every.count:
+            unit = "tokens" if isinstance(every, Tokens) else "steps"
+            raise UsageError(
+                f"--last {last} --every {every}: such a window spans {count_text((last - 1) * every.count)} "
+                f"{unit}, "
+                f"but the checkpoints there are span {count_text(positions[-1] - positions[0])}; there are "
+                f"{_listed(points)}"
+            )
         if abs(positions[nearest] - mark) * 4 > every.count:
             what = f"{count_text(mark)} tokens" if isinstance(every, Tokens) else f"step {mark}"
             raise UsageError(
