@@ -374,6 +374,7 @@ def test_the_root_offers_the_verbs_and_nothing_else() -> None:
 def test_the_version_is_the_distributions() -> None:
     import pma as package
 
+    assert pma("--version").stdout == f"pma-llm {package.__version__}\n"
     assert package.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 

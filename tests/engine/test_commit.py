@@ -300,7 +300,10 @@ def test_what_a_killed_merge_left_counts_as_free(tmp_path: Path, monkeypatch: py
     free = shutil._ntuple_diskusage(10**9, 10**9, 1000)  # type: ignore[attr-defined]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     with plan(paths) as planned:
+        with pytest.raises(SpaceError):
+            engine.write(planned, tmp_path / "elsewhere")  # nothing was left for this one
         engine.write(planned, tmp_path / "out")
+    assert engine.verify(tmp_path / "out").findings == ()
 
 
 def test_a_run_of_links_or_of_other_names_is_a_run_too(tmp_path: Path) -> None:

@@ -32,15 +32,19 @@ evaluating.register(app)
 training.register(app)
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        say(f"pma-llm {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    if version:
-        say(f"pma-llm {__version__}")
-        raise typer.Exit
+    """Options of `pma` itself; `--version` ends in its own callback, before a command is missed."""
 
 
 def _terminated(_signal: int, _frame: FrameType | None) -> None:
