@@ -8,8 +8,10 @@ PmaError                 exit status
 │   ├── FormatError      3  a file breaks the rules of its format, or tries something hostile
 │   ├── IncompleteError  3  a checkpoint is still being written, or was cut short
 │   ├── MismatchError    3  sources do not fit together
+│   ├── NonfiniteError   3  a value, or a mean, is NaN or infinite
+│   ├── StorageError        3  the storage failed to give what is there
 │   └── SpaceError       3  no room for the output
-└── Interrupted          4  stopped on request; nothing looks complete, the same command starts again
+└── Interrupted          4  stopped on request; nothing looks complete, the same command goes on
 """
 
 from __future__ import annotations
@@ -50,6 +52,14 @@ class IncompleteError(InputError):
 
 class MismatchError(InputError):
     """Sources of one merge do not fit together."""
+
+
+class NonfiniteError(InputError):
+    """A value of a source, or a mean, is NaN or infinite."""
+
+
+class StorageError(InputError):
+    """The storage failed while reading or writing; trying again may help."""
 
 
 class SpaceError(InputError):

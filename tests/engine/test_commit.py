@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -13,7 +14,8 @@ import pytest
 
 from pma import engine, formats, trajectory
 from pma.engine import MergeOptions
-from pma.engine.staging import staged, staging_folder
+from pma.engine.building import Building
+from pma.engine.staging import staging_folder
 from pma.errors import IncompleteError, Interrupted, MismatchError, PmaError, SpaceError, UsageError
 from pma.formats.safetensors import SafetensorsPart
 from pma.testing import tiny_run
@@ -42,13 +44,21 @@ def test_an_existing_output_is_never_touched(tmp_path: Path) -> None:
 
 
 def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    paths = tiny_run(tmp_path / "run", steps=2)
     out = tmp_path / "out"
-    with pytest.raises(UsageError, match="exists already"), staged(out) as folder:
-        (folder / "weights").write_text("new")
-        out.mkdir()
+
+    def appear(read: int, written: int) -> None:
+        out.mkdir(exist_ok=True)
         (out / "precious").write_text("old")
-    assert (out / "precious").read_text() == "old"
-    assert not staging_folder(out).exists()
+
+    with plan(paths) as planned, pytest.raises(UsageError, match=r"exists already.*100% of .* is done"):
+        engine.write(planned, out, progress=appear)
+    assert [p.name for p in out.iterdir()] == ["precious"]
+    (out / "precious").unlink()
+    out.rmdir()
+    with plan(paths) as planned:  # the work is not lost
+        assert engine.write(planned, out).bytes_resumed == planned.bytes_to_write
+    assert engine.verify(out).findings == ()
 
 
 @pytest.mark.parametrize("where", ["run/merged", "run/checkpoint-10/merged", "run/deep/er/merged"])
@@ -137,7 +147,7 @@ def test_a_source_that_shrinks_or_goes_is_an_error(tmp_path: Path, how: str) -> 
 def test_an_interrupt_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     paths = tiny_run(tmp_path / "run", steps=3, shapes=BIG)
 
-    def interrupt(block_bytes: int) -> None:
+    def interrupt(read: int, written: int) -> None:
         signal.raise_signal(signal.SIGINT)  # the main thread gets it while it waits for the workers
 
     threads_before = threading.active_count()
@@ -207,13 +217,24 @@ def test_two_merges_into_one_output(tmp_path: Path) -> None:
     assert engine.verify(out).findings == ()
 
 
-def test_a_lease_of_another_host_is_not_broken(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "holder",
+    [{"host": "elsewhere", "boot": "b"}, {"host": socket.gethostname(), "boot": "an earlier one"}, {}],
+)
+def test_a_lease_of_another_host_or_boot_is_only_broken_as_told(
+    tmp_path: Path, holder: dict[str, str]
+) -> None:
+    paths = tiny_run(tmp_path / "run", steps=2)
     out = tmp_path / "out"
     staging_folder(out).mkdir()
-    (staging_folder(out) / ".pma-lease").write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
-    with pytest.raises(UsageError, match=r"process 1 on elsewhere.*remove"), staged(out):
-        pass
-    assert staging_folder(out).exists()
+    lease = staging_folder(out) / ".pma-lease"
+    lease.write_text(json.dumps({"pid": 1, **holder}))
+    with plan(paths) as planned:
+        with pytest.raises(UsageError, match=r"process 1 on .*last heard of .*--break-lock"):
+            engine.write(planned, out)
+        assert lease.exists()
+        engine.write(planned, out, break_lock=True)
+    assert engine.verify(out).findings == ()
 
 
 def test_verify_finds_a_flipped_bit_and_names_the_tensor(tmp_path: Path) -> None:
@@ -292,11 +313,8 @@ def test_what_a_killed_merge_left_counts_as_free(tmp_path: Path, monkeypatch: py
     import shutil
 
     paths = tiny_run(tmp_path / "run", steps=2, shapes=BIG)
-    with staged(tmp_path / "other") as folder:
-        (folder / "half").write_bytes(bytes(30_000_000))
-        folder.rename(staging_folder(tmp_path / "out"))
-        folder.mkdir()
-        (folder / ".pma-lease").write_text("{}")
+    with plan(paths) as planned:
+        Building(planned, tmp_path / "out").close()  # as a kill leaves it
     free = shutil._ntuple_diskusage(10**9, 10**9, 1000)  # type: ignore[attr-defined]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     with plan(paths) as planned:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +11,6 @@ import typer
 from pma import engine, trajectory, verbs
 from pma.cli import options as flags
 from pma.cli.output import command, note, progress, say, table
-from pma.engine import Plan
 from pma.errors import printable
 from pma.quantities import bytes_text, count_text
 
@@ -230,7 +227,7 @@ def merge(
                 inside_run=inside_run,
                 sha256=sha256,
                 hash_sources=hash_sources,
-                progress=_counted(planned, show),
+                progress=lambda read, written: show(written, f"{bytes_text(read)} read"),
             )
     rate = (done.bytes_read + done.bytes_written) / max(done.seconds, 1e-9)
     if not json_output:
@@ -240,19 +237,6 @@ def merge(
             f"{bytes_text(done.bytes_written)} in {done.seconds:.1f} s ({bytes_text(rate)}/s)"
         )
     return {**asdict(done), "path": str(out)}
-
-
-def _counted(planned: Plan, show: Callable[[float, str], None]) -> Callable[[int], None]:
-    """Workers report block by block; the bar wants the sum, and a rate in bytes read."""
-    lock, total = threading.Lock(), [0]
-
-    def add(block_bytes: int) -> None:
-        with lock:
-            total[0] += block_bytes
-            read = planned.bytes_to_read * total[0] // max(planned.bytes_to_write, 1)
-            show(total[0], f"{bytes_text(read)} read")
-
-    return add
 
 
 def verify(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pma.engine import MergeOptions
-from pma.engine.plan import DEFAULT_MEMORY_BYTES
+from pma.engine.memory_budget import DEFAULT_MEMORY_BYTES
 from pma.errors import UsageError
 from pma.quantities import parse_bytes, parse_distance
 from pma.trajectory import Window

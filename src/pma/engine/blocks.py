@@ -1,22 +1,20 @@
 """Cutting an output into blocks: aligned ranges of its files, each made and digested in one piece.
 
-A block is a whole number of digest chunks, so that digests are computed while its bytes are in cache, whoever
-wrote the block and in whatever order. Inside it, neighbouring tensors treated alike form one span and are
-computed at once.
+A block is one digest chunk, so that its digest is computed while its bytes are in cache, whoever wrote it and
+in whatever order. Inside it, neighbouring tensors treated alike form one span and are computed at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import overload
 
-from pma.errors import UsageError
-from pma.quantities import bytes_text
 from pma.types import DType, Fragment, Layout, OutputFile, TensorSpec
 
 CHUNK_BYTES = 4 * 2**20
-_LARGEST_BLOCK_BYTES = 2 * CHUNK_BYTES
 
 
 class Policy(Enum):
@@ -66,47 +64,57 @@ class Block:
     constants: tuple[tuple[int, bytes], ...]
     spans: tuple[Span, ...]
 
+    @property
+    def chunk(self) -> tuple[str, int]:
+        """File and number of its digest chunk."""
+        return self.file, self.offset_bytes // CHUNK_BYTES
 
-def block_bytes_within(memory_bytes: int, threads: int, worst_ratio: float) -> int:
-    """The block length that keeps `threads` workers within `memory_bytes`. Raises UsageError where none does.
 
-    `worst_ratio`: bytes of buffers a block needs for one byte of output.
+class Blocks(Sequence[Block]):
+    """The blocks of every output file, in order, each made when asked for: terabytes have a quarter of a
+    million.
     """
-    room = int(memory_bytes / (threads * worst_ratio))
-    if room < CHUNK_BYTES:
-        needed = int(CHUNK_BYTES * threads * worst_ratio)
-        raise UsageError(
-            f"--memory {bytes_text(memory_bytes)} is too little for {threads} threads, which need "
-            f"{bytes_text(needed)}; give more, or fewer --threads"
-        )
-    return min(_LARGEST_BLOCK_BYTES, room // CHUNK_BYTES * CHUNK_BYTES)
 
+    def __init__(
+        self, layout: Layout, sources: Mapping[str, TensorSpec], policies: Mapping[str, Policy]
+    ) -> None:
+        """`sources` tells each tensor's type in the checkpoints."""
+        self._layout, self._sources, self._policies = layout, sources, policies
+        self._firsts: list[int] = []  # number of each file's first block
+        self._count = 0
+        for file in layout.files:
+            self._firsts.append(self._count)
+            self._count += -(-file.size_bytes // CHUNK_BYTES)
+        self._sorted: dict[str, tuple[list[Fragment], list[int]]] = {}
 
-def buffer_ratio(dtype_in: DType, dtype_out: DType) -> float:
-    """Bytes of buffers for one byte of output: the output, the values as read, the accumulator."""
-    accumulator_bits = 32 if dtype_in.bits <= 16 else 64
-    return 1 + (dtype_in.bits + accumulator_bits) / dtype_out.bits
+    def __len__(self) -> int:
+        return self._count
 
+    @overload
+    def __getitem__(self, index: int) -> Block: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Block]: ...
+    def __getitem__(self, index: int | slice) -> Block | Sequence[Block]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._count))]
+        if not -self._count <= index < self._count:
+            raise IndexError(index)
+        index %= self._count
+        number = bisect_right(self._firsts, index) - 1
+        file = self._layout.files[number]
+        start = (index - self._firsts[number]) * CHUNK_BYTES
+        stop = min(start + CHUNK_BYTES, file.size_bytes)
+        fragments, offsets = self._by_offset(file)
+        first = max(bisect_right(offsets, start) - 1, 0)
+        last = bisect_right(offsets, stop - 1)
+        inside = [f for f in fragments[first:last] if f.offset_bytes + f.length_bytes > start]
+        return _block(file, start, stop, inside, self._layout.tensors, self._sources, self._policies)
 
-def cut(
-    layout: Layout, sources: Mapping[str, TensorSpec], policies: Mapping[str, Policy], block_bytes: int
-) -> Iterator[Block]:
-    """The blocks of every output file, in order. `sources` tells each tensor's type in the checkpoints."""
-    for file in layout.files:
-        items = sorted(
-            (f for f in file.fragments if f.length_bytes), key=lambda fragment: fragment.offset_bytes
-        )
-        first = 0
-        for start in range(0, file.size_bytes, block_bytes):
-            stop = min(start + block_bytes, file.size_bytes)
-            while first < len(items) and items[first].offset_bytes + items[first].length_bytes <= start:
-                first += 1
-            inside = []
-            for fragment in items[first:]:
-                if fragment.offset_bytes >= stop:
-                    break
-                inside.append(fragment)
-            yield _block(file, start, stop, inside, layout.tensors, sources, policies)
+    def _by_offset(self, file: OutputFile) -> tuple[list[Fragment], list[int]]:
+        if file.name not in self._sorted:
+            fragments = sorted((f for f in file.fragments if f.length_bytes), key=lambda f: f.offset_bytes)
+            self._sorted[file.name] = fragments, [f.offset_bytes for f in fragments]
+        return self._sorted[file.name]
 
 
 def _block(

@@ -7,34 +7,54 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pma.engine import provenance, side_files
+from pma.engine.building import SAVE_SECONDS, Building, kept_up
 from pma.engine.plan import Plan
-from pma.engine.staging import leftover_bytes, refuse_existing, staged
+from pma.engine.staging import leftover_bytes, refuse_existing
 from pma.engine.stream import Progress, stream
-from pma.errors import SpaceError, UsageError
+from pma.engine.work import Work, work_of
+from pma.errors import (
+    IncompleteError,
+    Interrupted,
+    MismatchError,
+    NonfiniteError,
+    SpaceError,
+    StorageError,
+    UsageError,
+)
 from pma.formats.hf_trainer import STATE_FILE
-from pma.formats.safetensors import SafetensorsWriter
 from pma.quantities import bytes_text
 
+# what may be otherwise at the next attempt
+_MAY_GO_ON = (Interrupted, SpaceError, StorageError, IncompleteError, UsageError)
 # names that trainers take for their own checkpoints and resume from, or delete
 _TRAINER_NAME = re.compile(r"checkpoint-\d+|step-?\d+|iter_\d+", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Merge:
-    """A merge that was written: where, from how many checkpoints, and what it took."""
+    """A merge that was written: where, from how many checkpoints, and what it took.
+
+    `bytes_read` is what all merges that were made together read. `bytes_resumed` were there from an earlier
+    attempt. `stream_seconds`: reading, averaging, digests and writing; `durable_seconds`: until it was on
+    disk.
+    """
 
     path: Path
     checkpoints: int
     scheme: str
     bytes_read: int
     bytes_written: int
+    bytes_resumed: int
     seconds: float
+    stream_seconds: float
+    durable_seconds: float
     warnings: tuple[str, ...]
 
 
@@ -92,49 +112,112 @@ def write(
     inside_run: bool = False,
     sha256: bool = False,
     hash_sources: bool = False,
+    fresh: bool = False,
+    break_lock: bool = False,
     progress: Progress | None = None,
+    save_seconds: float = SAVE_SECONDS,
 ) -> Merge:
-    """Carry out `plan` into the new folder `out`.
+    """Carry out `plan` into the new folder `out`; where an earlier attempt was interrupted, go on with it.
 
-    Raises UsageError where `out` exists, SpaceError, MismatchError where a source changed meanwhile,
-    Interrupted. `sha256` adds standard digests of the output, `hash_sources` of the sources, both by reading
-    them again.
+    Raises UsageError where `out` exists or another builds it, SpaceError, MismatchError where a source
+    changed meanwhile, Interrupted. `sha256` adds standard digests of the output, `hash_sources` of the
+    sources, both by reading them again. `fresh` forgets an earlier attempt; `break_lock` takes the lease of
+    another host's.
     """
-    warnings = check_output(plan, out, inside_run=inside_run)
-    copied = side_files.read(plan.sources[-1].point.path, plan.options.dtype)
-    started = time.monotonic()
-    # what takes long to import comes before anything is on disk: a signal amid it may abort the process
-    import pma.engine.compute  # noqa: F401
-
-    with staged(out) as folder:
-        writer = SafetensorsWriter(folder)
-        writer.create(plan.layout)
-        part = writer.open_part()
-        try:
-            digests = stream(plan, plan.blocks, part, progress)
-        finally:
-            part.close()
-        provenance.check_unchanged(plan)
-        writer.finish()
-        for name, data in copied.items():
-            writer.write_bytes(name, data)
-        origins = {name: os.path.realpath(plan.sources[-1].point.path / name) for name in copied}
-        value = provenance.record(plan, digests, folder, origins, add_sha256=sha256)
-        if hash_sources:
-            _add_source_digests(value)
-        writer.write_bytes(provenance.RECORD_FILE, provenance.encode(value))
-    return Merge(
-        path=out,
-        checkpoints=len(plan.sources),
-        scheme=value["scheme"],
-        bytes_read=plan.bytes_to_read,
-        bytes_written=plan.bytes_to_write,
-        seconds=time.monotonic() - started,
-        warnings=warnings,
-    )
+    return write_all(
+        work_of(plan),
+        [(plan, out)],
+        inside_run=inside_run,
+        sha256=sha256,
+        hash_sources=hash_sources,
+        fresh=fresh,
+        break_lock=break_lock,
+        progress=progress,
+        save_seconds=save_seconds,
+    )[0]
 
 
-def _add_source_digests(value: dict[str, Any]) -> None:
-    for source in value["sources"]:
-        for file in source["files"]:
-            file["sha256"] = provenance.sha256(Path(source["folder"]) / file["name"])
+def write_all(
+    work: Work,
+    targets: Sequence[tuple[Plan, Path]],
+    *,
+    inside_run: bool = False,
+    sha256: bool = False,
+    hash_sources: bool = False,
+    fresh: bool = False,
+    break_lock: bool = False,
+    progress: Progress | None = None,
+    save_seconds: float = SAVE_SECONDS,
+) -> list[Merge]:
+    """As `write`, for several merges that share their reads: `work` has a recipe for each of `targets`."""
+    warnings = [check_output(plan, out, inside_run=inside_run) for plan, out in targets]
+    count, started = _Count(progress), time.monotonic()
+    import pma.engine.compute  # noqa: F401  # takes a while: a signal amid it may abort the process
+
+    with ExitStack() as stack:
+        buildings = [
+            stack.enter_context(_built(Building(plan, out, fresh=fresh, break_lock=break_lock)))
+            for plan, out in targets
+        ]
+        resumed = [building.bytes_done for building in buildings]
+        if any(resumed):
+            count.add(0, sum(resumed))
+        streaming, stop = time.monotonic(), threading.Event()
+        with kept_up(buildings, stop, save_seconds):
+            stream(work, [building.output for building in buildings], progress=count.add, stop=stop)
+            streamed = time.monotonic()
+        for building in buildings:
+            building.save()
+        durable = time.monotonic()
+        records = [building.finish(sha256=sha256, hash_sources=hash_sources) for building in buildings]
+    return [
+        Merge(
+            path=out,
+            checkpoints=len(plan.sources),
+            scheme=record["scheme"],
+            bytes_read=count.read,
+            bytes_written=plan.bytes_to_write - done,
+            bytes_resumed=done,
+            seconds=time.monotonic() - started,
+            stream_seconds=streamed - streaming,
+            durable_seconds=durable - streaming,
+            warnings=warning,
+        )
+        for (plan, out), record, done, warning in zip(targets, records, resumed, warnings, strict=True)
+    ]
+
+
+class _Count:
+    """Bytes read and written, from many threads, passed on to whoever shows progress."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.read = self.written = 0
+        self._progress = progress
+        self._lock = threading.Lock()
+
+    def add(self, read: int, written: int) -> None:
+        """Count, and pass on the totals."""
+        with self._lock:
+            self.read += read
+            self.written += written
+            if self._progress is not None:
+                self._progress(self.read, self.written)
+
+
+@contextmanager
+def _built(building: Building) -> Iterator[Building]:
+    """After a failure, keep what a later attempt can go on with, and say so; remove anything else."""
+    try:
+        yield building
+    except BaseException as error:
+        if isinstance(error, (MismatchError, NonfiniteError)) or not building.is_resumable:
+            building.discard()
+        elif isinstance(error, _MAY_GO_ON) and building.is_ours:
+            share = 100 * building.bytes_done // max(building.plan.bytes_to_write, 1)
+            raise type(error)(
+                f"{error}. About {share}% of {building.out} is done and kept in {building.folder.name}: "
+                "the same command goes on, with --fresh it starts over"
+            ) from error
+        raise
+    finally:
+        building.close()

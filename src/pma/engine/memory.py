@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pma.engine.plan import Plan
-from pma.engine.stream import stream
+from pma.engine.stream import Output, Progress, stream
+from pma.engine.work import Work, work_of
+from pma.types import DType
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+_TORCH_NAMES = {"I": "int", "U": "uint", "F": "float", "C": "complex"}
 
 
 class MemoryPart:
@@ -20,8 +26,11 @@ class MemoryPart:
     def write(self, file: str, offset_bytes: int, values: memoryview) -> None:
         self.files[file][offset_bytes : offset_bytes + len(values)] = values
 
-    def close(self) -> None:
+    def sync(self) -> None:
         """Nothing to make durable."""
+
+    def close(self) -> None:
+        """Nothing to let go."""
 
 
 def average(plan: Plan) -> dict[str, Tensor]:
@@ -29,17 +38,26 @@ def average(plan: Plan) -> dict[str, Tensor]:
 
     It takes as much memory as the output has bytes.
     """
+    return average_all(work_of(plan), [plan])[0]
+
+
+def average_all(
+    work: Work, plans: Sequence[Plan], progress: Progress | None = None
+) -> list[dict[str, Tensor]]:
+    """As `average`, for several merges that share their reads: `work` has a recipe for each of `plans`."""
+    parts = [MemoryPart(plan) for plan in plans]
+    stream(work, [Output(part=part) for part in parts], progress=progress)
+    return [_tensors(plan, part) for plan, part in zip(plans, parts, strict=True)]
+
+
+def _tensors(plan: Plan, part: MemoryPart) -> dict[str, Tensor]:
     import torch
 
-    from pma.averaging.accumulate import TORCH_DTYPES
-
-    part = MemoryPart(plan)
-    stream(plan, plan.blocks, part)
     tensors = {}
     for file in plan.layout.files:
         for fragment in file.fragments:
             spec = plan.layout.tensors[fragment.tensor]
-            dtype = TORCH_DTYPES[spec.dtype]
+            dtype = torch_dtype(spec.dtype)
             if spec.element_count == 0:
                 tensors[spec.name] = torch.empty(spec.shape, dtype=dtype)
                 continue
@@ -48,3 +66,14 @@ def average(plan: Plan) -> dict[str, Tensor]:
             )
             tensors[spec.name] = flat.reshape(spec.shape)
     return {name: tensors[name] for name in plan.layout.tensors}
+
+
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """The torch type of `dtype`, which is not a quantised one."""
+    import torch
+
+    if dtype is DType.BOOL:
+        return torch.bool
+    name = "bfloat16" if dtype is DType.BF16 else f"{_TORCH_NAMES[dtype.name[0]]}{dtype.bits}"
+    found: torch.dtype = getattr(torch, name)
+    return found

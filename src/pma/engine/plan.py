@@ -6,25 +6,23 @@ Every error that can be foreseen surfaces here, before the first byte is written
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pma import averaging, formats
 from pma.engine import side_files
-from pma.engine.blocks import Block, Policy, block_bytes_within, buffer_ratio, cut
+from pma.engine.blocks import Blocks, Policy
+from pma.engine.memory_budget import DEFAULT_MEMORY_BYTES, peak_memory_bytes, tile_bytes_within
 from pma.errors import InputError, MismatchError, UsageError, printable
 from pma.formats.contracts import CheckpointReader
 from pma.formats.safetensors import SafetensorsReader, plan_layout, shards_like
 from pma.trajectory import TrajectoryPoint
 from pma.types import DType, FileIdentity, Layout, TensorSpec
-
-DEFAULT_MEMORY_BYTES = 256 * 2**20
-# interpreter, torch and what the planner itself holds; measured, see benchmarks/README.md
-_BASE_MEMORY_BYTES = 240 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +70,8 @@ class Plan:
     policies: Mapping[str, Policy]
     excluded: tuple[str, ...]
     layout: Layout
-    blocks: tuple[Block, ...]
+    blocks: Blocks
+    tile_bytes: int
     left_out: tuple[tuple[Path, str], ...] = ()
 
     @property
@@ -97,21 +96,16 @@ class Plan:
 
     @property
     def peak_memory_bytes(self) -> int:
-        largest = max((block.length_bytes for block in self.blocks), default=0)
-        workers = min(self.options.threads, max(len(self.blocks), 1))
-        return _BASE_MEMORY_BYTES + int(
-            workers * largest * _worst_ratio(self.tensors, self.policies, self.layout)
+        return peak_memory_bytes(
+            self.tile_bytes, min(self.options.threads, max(len(self.blocks), 1)), merges=1
         )
 
-    def partition(self, parts: int) -> list[tuple[Block, ...]]:
-        """The blocks in `parts` runs of about equal bytes; several processes can each stream one."""
-        total = sum(block.length_bytes for block in self.blocks)
-        runs: list[list[Block]] = [[] for _ in range(parts)]
-        done = 0
-        for block in self.blocks:
-            runs[min(parts - 1, done * parts // max(total, 1))].append(block)
-            done += block.length_bytes
-        return [tuple(run) for run in runs]
+    def partition(self, parts: int) -> list[range]:
+        """The numbers of the blocks in `parts` runs of about equal bytes; several processes can each stream
+        one.
+        """
+        cuts = [len(self.blocks) * part // parts for part in range(parts + 1)]
+        return [range(start, stop) for start, stop in pairwise(cuts)]
 
     def close(self) -> None:
         """Release open files."""
@@ -154,8 +148,9 @@ def plan(
     *,
     as_given: bool = False,
     left_out: Sequence[tuple[Path, str]] = (),
+    opened: MutableMapping[Path, CheckpointReader] | None = None,
 ) -> Plan:
-    """Plan the merge of `points`, oldest first.
+    """Plan the merge of `points`, oldest first. `opened`: readers to share with other plans, by path.
 
     Raises UsageError for weights that cannot be meant, InputError (MismatchError, FormatError,
     IncompleteError) for checkpoints that do not fit together or cannot be read.
@@ -164,10 +159,12 @@ def plan(
     weights = _weights(points, options, as_given=as_given)
     with ExitStack() as on_error:
         readers = []
+        opened = {} if opened is None else opened
         for point in points:
-            reader = formats.open_checkpoint(point.path)
-            on_error.callback(reader.close)
-            readers.append(reader)
+            if point.path not in opened:
+                opened[point.path] = formats.open_checkpoint(point.path)
+                on_error.callback(opened[point.path].close)
+            readers.append(opened[point.path])
         newest = readers[-1]
         everything = {name: spec for reader in readers for name, spec in reader.tensors.items()}
         _check_patterns(everything, options)
@@ -180,9 +177,8 @@ def plan(
             newest, SafetensorsReader
         )  # the one format so far; its layout is the newest source's
         layout = plan_layout(outputs, shards_like(newest, outputs))
-        ratio = _worst_ratio(tensors, policies, layout)
-        block_bytes = block_bytes_within(options.memory_bytes, options.threads, ratio)
-        blocks = tuple(cut(layout, tensors, policies, block_bytes))
+        blocks = Blocks(layout, tensors, policies)
+        tile_bytes = tile_bytes_within(options.memory_bytes, options.threads, merges=1)
         side_files.read(newest.path, options.dtype)  # what cannot be read or used must show before the work
         files = [reader.identities() for reader in readers]
         on_error.pop_all()
@@ -198,6 +194,7 @@ def plan(
         excluded=excluded,
         layout=layout,
         blocks=blocks,
+        tile_bytes=tile_bytes,
         left_out=tuple(left_out),
     )
 
@@ -267,6 +264,8 @@ def _check_same(
             )
         for name, spec in tensors.items():
             other = reader.tensors[name]
+            if other is spec:  # from one header, parsed once
+                continue
             for what in ("shape", "dtype"):
                 found, expected = getattr(other, what), getattr(spec, what)
                 if found != expected:
@@ -294,11 +293,6 @@ def _output_spec(spec: TensorSpec, policy: Policy, dtype: DType | None) -> Tenso
     if dtype is None or policy is not Policy.AVERAGE or spec.dtype.kind != "float":
         return spec
     return TensorSpec(name=spec.name, dtype=dtype, shape=spec.shape, role=spec.role, parameter=spec.parameter)
-
-
-def _worst_ratio(tensors: Mapping[str, TensorSpec], policies: Mapping[str, Policy], layout: Layout) -> float:
-    averaged = [name for name, policy in policies.items() if policy is Policy.AVERAGE]
-    return max((buffer_ratio(tensors[n].dtype, layout.tensors[n].dtype) for n in averaged), default=1.0)
 
 
 def _scheme_text(options: MergeOptions) -> str:

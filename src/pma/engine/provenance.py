@@ -64,6 +64,30 @@ def record(
     }
 
 
+def heading(plan: Plan) -> dict[str, Any]:
+    """What must be the same for an interrupted merge to go on: sources, recipe, layout, and our own
+    version.
+    """
+    options = plan.options
+    choices = [options.scheme, options.weights, options.exclude, options.copy, options.allow_nonfinite]
+    files = [(file.name, file.size_bytes) for file in plan.layout.files]
+    headers = [data.hex() for file in plan.layout.files for _, data in file.constants]
+    sources = [
+        (str(_absolute(source.point.path)), [asdict(identity) for identity in source.files])
+        for source in plan.sources
+    ]
+    made_by = _version("pma-llm")
+    return {
+        "journal": 1,
+        "sources": _digest(sources),
+        "options": _digest([made_by, choices, plan.weights, files, headers, CHUNK_BYTES]),
+    }
+
+
+def _digest(value: Any) -> str:
+    return blake3(json.dumps(value, default=str).encode()).hexdigest()
+
+
 def _absolute(path: Path) -> Path:
     # the last part stays a link: in a hub's cache it leads to a file of another name
     return path.parent.resolve() / path.name if path.is_file() else path.resolve()
@@ -109,6 +133,13 @@ def sha256(path: Path) -> str:
     """The file's SHA-256, by reading it again."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def add_source_digests(value: dict[str, Any]) -> None:
+    """Add the SHA-256 of every source file to a record, by reading them again."""
+    for source in value["sources"]:
+        for file in source["files"]:
+            file["sha256"] = sha256(Path(source["folder"]) / file["name"])
 
 
 def check_unchanged(plan: Plan) -> None:

@@ -1,50 +1,58 @@
 """Carrying out blocks: worker threads with reused buffers, each block read, averaged, digested and written
-in one go.
+in one go, for one merge or for several that share their reads.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 
 from blake3 import blake3
 
-from pma.engine.blocks import CHUNK_BYTES, Block
-from pma.engine.plan import Plan
+from pma.engine.blocks import Block
+from pma.engine.work import Work
 from pma.errors import Interrupted
 from pma.formats.contracts import PartWriter
 
-Progress = Callable[[int], None]
 Digests = dict[tuple[str, int], str]  # (file, chunk number) -> BLAKE3 of that chunk
+Progress = Callable[[int, int], None]  # (bytes read, bytes written) since the last call
+
+
+@dataclass(kw_only=True)
+class Output:
+    """Where one merge goes. A chunk whose digest is there is done; `part` None means digests only."""
+
+    part: PartWriter | None
+    digests: Digests = field(default_factory=dict)
 
 
 def stream(
-    plan: Plan, blocks: Sequence[Block], part: PartWriter, progress: Progress | None = None
-) -> Digests:
-    """Make `blocks` and write them through `part`; the result does not depend on threads or on the blocks'
+    work: Work,
+    outputs: Sequence[Output],
+    *,
+    numbers: Iterable[int] | None = None,
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
+) -> None:
+    """Make the blocks `numbers` (all by default) that are not done; the result does not depend on threads or
     order.
 
-    Returns the digest of every chunk written. Raises whatever the first failing block raised, and
+    `outputs`: one for each of the work's recipes. Raises whatever the first failing block raised, and
     Interrupted.
     """
-    from pma.averaging.accumulate import one_torch_thread
-
-    queue = iter(blocks)
-    lock, stop = threading.Lock(), threading.Event()
-    digests: Digests = {}
-    with one_torch_thread(), ThreadPoolExecutor(plan.options.threads) as pool:
-        workers = [
-            pool.submit(_work, plan, queue, lock, stop, part, digests, progress)
-            for _ in range(plan.options.threads)
-        ]
+    queue = iter(range(len(work.blocks)) if numbers is None else numbers)
+    stop = stop or threading.Event()
+    task = _Task(work, outputs, queue, stop, progress)
+    with ThreadPoolExecutor(work.threads) as pool:
+        workers = [pool.submit(task.run) for _ in range(work.threads)]
         try:
             _wait(workers)
         except KeyboardInterrupt:
             raise Interrupted("interrupted while merging") from None
         finally:
             stop.set()
-    return digests
 
 
 def _wait(workers: Sequence[Future[None]]) -> None:
@@ -53,41 +61,57 @@ def _wait(workers: Sequence[Future[None]]) -> None:
         worker.result()
 
 
-def _work(
-    plan: Plan,
-    queue: Iterator[Block],
-    lock: threading.Lock,
-    stop: threading.Event,
-    part: PartWriter,
-    digests: Digests,
-    progress: Progress | None,
-) -> None:
-    from pma.averaging.accumulate import one_torch_thread
-    from pma.engine.compute import BlockWorker
+class _Task:
+    """What the worker threads share."""
 
-    with one_torch_thread():  # the setting is the calling thread's own
+    def __init__(
+        self,
+        work: Work,
+        outputs: Sequence[Output],
+        queue: Iterator[int],
+        stop: threading.Event,
+        progress: Progress | None,
+    ) -> None:
+        self._work, self._outputs, self._queue = work, outputs, queue
+        self._stop, self._progress = stop, progress
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        """Take blocks until there are none, or `stop` is set."""
+        from pma.engine.compute import BlockWorker
+
+        work = self._work
         worker = BlockWorker(
-            plan.readers, plan.weights, allow_nonfinite=plan.options.allow_nonfinite, stop=stop
+            work.readers,
+            work.recipes,
+            tile_bytes=work.tile_bytes,
+            allow_nonfinite=work.allow_nonfinite,
+            stop=self._stop,
         )
-        while not stop.is_set():
-            with lock:
-                block = next(queue, None)
+        while not self._stop.is_set():
+            block = self._next()
             if block is None:
                 return
-            values = worker.make(block)
-            made = chunk_digests(block, values)
-            part.write(block.file, block.offset_bytes, values)
-            with lock:
-                digests.update(made)
-            if progress is not None:
-                progress(block.length_bytes)
+            wanted = [k for k, output in enumerate(self._outputs) if block.chunk not in output.digests]
+            before = worker.bytes_read
+            for k, values in worker.make(block, wanted):
+                self._put(self._outputs[k], block, values)
+            if self._progress is not None:
+                self._progress(worker.bytes_read - before, block.length_bytes * len(wanted))
 
+    def _next(self) -> Block | None:
+        while True:
+            with self._lock:
+                number = next(self._queue, None)
+            if number is None:
+                return None
+            block = self._work.blocks[number]
+            if any(block.chunk not in output.digests for output in self._outputs):
+                return block
 
-def chunk_digests(block: Block, values: memoryview) -> Digests:
-    """BLAKE3 of each 4 MiB chunk of a block; blocks start at chunk boundaries."""
-    first = block.offset_bytes // CHUNK_BYTES
-    starts = range(0, block.length_bytes, CHUNK_BYTES)
-    return {
-        (block.file, first + number): blake3(values[start : start + CHUNK_BYTES]).hexdigest()
-        for number, start in enumerate(starts)
-    }
+    def _put(self, output: Output, block: Block, values: memoryview) -> None:
+        digest = blake3(values).hexdigest()
+        if output.part is not None:
+            output.part.write(block.file, block.offset_bytes, values)
+        with self._lock:
+            output.digests[block.chunk] = digest

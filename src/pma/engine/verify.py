@@ -15,6 +15,7 @@ from blake3 import blake3
 from pma.engine import provenance
 from pma.engine.blocks import Block
 from pma.engine.plan import MergeOptions, Plan, plan
+from pma.engine.work import work_of
 from pma.errors import FormatError, InputError, printable
 from pma.formats.files import open_for_reading, read_exactly
 from pma.trajectory import from_checkpoints
@@ -33,9 +34,9 @@ class Verification:
     findings: tuple[str, ...]
 
 
-def verify(out: Path, *, samples: int = 16) -> Verification:
+def verify(out: Path, *, samples: int | None = 16) -> Verification:
     """Re-hash every chunk of `out`, and re-derive `samples` blocks, spread evenly, from the sources (0 for
-    none).
+    none, None for all).
 
     Raises FormatError where `out` holds no record of ours. Sources that changed or are gone are reported, and
     their blocks are then not derived.
@@ -46,10 +47,10 @@ def verify(out: Path, *, samples: int = 16) -> Verification:
         findings += _changed_small_files(out, value["small_files"])
         changed = tuple(_changed_sources(value["sources"]))
         derived, total = 0, 0
-        if not changed and samples:
+        if not changed and samples != 0:
             with _planned_again(out, value) as again:
                 total = len(again.blocks)
-                chosen = _spread(again.blocks, samples)
+                chosen = _spread(total, samples)
                 derived = len(chosen)
                 findings += _derive(again, out, chosen)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -136,25 +137,29 @@ def _planned_again(out: Path, value: dict[str, Any]) -> Plan:
     return again
 
 
-def _derive(again: Plan, out: Path, blocks: Sequence[Block]) -> list[str]:
-    from pma.averaging.accumulate import one_torch_thread
+def _derive(again: Plan, out: Path, numbers: Sequence[int]) -> list[str]:
     from pma.engine.compute import BlockWorker
 
     findings = []
-    with one_torch_thread():
-        worker = BlockWorker(again.readers, again.weights, allow_nonfinite=again.options.allow_nonfinite)
-        for block in blocks:
-            written = memoryview(bytearray(block.length_bytes))
-            try:
-                _read(out / block.file, block.offset_bytes, written)
-            except InputError as error:
-                findings.append(str(error))
-                continue
-            expected = worker.make(block)
-            if written != expected:
-                findings.append(
-                    f"{out / block.file}: {_differing(block, written, expected)} is not what the sources give"
-                )
+    work = work_of(again)
+    worker = BlockWorker(
+        work.readers, work.recipes, tile_bytes=work.tile_bytes, allow_nonfinite=work.allow_nonfinite
+    )
+    for block in map(again.blocks.__getitem__, numbers):
+        written = memoryview(bytearray(block.length_bytes))
+        try:
+            _read(out / block.file, block.offset_bytes, written)
+        except InputError as error:
+            findings.append(str(error))
+            continue
+        [(_, expected)] = worker.make(block)
+        if written != expected:
+            findings.append(
+                f"{out / block.file}: {_differing(block, written, expected)} (in block {block.chunk[1]}, "
+                f"bytes "
+                f"{block.offset_bytes} to {block.offset_bytes + block.length_bytes}) is not what the "
+                f"sources give"
+            )
     return findings
 
 
@@ -176,10 +181,10 @@ def _differing(block: Block, written: memoryview, expected: memoryview) -> str:
     return "the header"
 
 
-def _spread(blocks: Sequence[Block], samples: int) -> list[Block]:
-    if samples >= len(blocks):
-        return list(blocks)
-    return [blocks[i * len(blocks) // samples] for i in range(samples)]
+def _spread(count: int, samples: int | None) -> Sequence[int]:
+    if samples is None or samples >= count:
+        return range(count)
+    return [i * count // samples for i in range(samples)]
 
 
 def _plain_name(name: str) -> str:

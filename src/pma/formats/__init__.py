@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Protocol
 
 from pma.errors import FormatError
-from pma.formats.contracts import CheckpointReader
+from pma.formats.contracts import UNFINISHED_SUFFIX, CheckpointReader
+
+__all__ = ["UNFINISHED_SUFFIX", "is_checkpoint", "open_checkpoint"]
 
 _BUILT_IN = ("pma.formats.safetensors",)
 

@@ -14,6 +14,9 @@ from typing import Protocol
 
 from pma.types import CheckpointMeta, FileIdentity, Fragment, Layout, TensorSpec
 
+#: how the name of a folder ends whose output is not finished; nothing in it counts as a checkpoint
+UNFINISHED_SUFFIX = ".pma-partial"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReadRequest:
@@ -35,6 +38,10 @@ class CheckpointReader(Protocol):
     requests_in_flight: int
     #: files beside the checkpoint's own that hold tensors too and are not part of it; a plan shows them
     ignored_files: tuple[str, ...]
+    #: the same for two readers only if every tensor lies alike in files of the same names
+    layout_digest: str
+    #: set to leave no page of what was read in the system's cache, where the reader can
+    forget_after_reading: bool
 
     @property
     def meta(self) -> CheckpointMeta:
@@ -65,16 +72,19 @@ class PartWriter(Protocol):
     def write(self, file: str, offset_bytes: int, values: memoryview) -> None:
         """Put bytes at a known place, in any order, from any thread."""
 
+    def sync(self) -> None:
+        """Make everything written through this part so far durable."""
+
     def close(self) -> None:
-        """Make everything written through this part durable."""
+        """Let go of the files; what was not synced may be lost."""
 
 
 class CheckpointWriter(Protocol):
     """Writes one checkpoint into a folder that nobody else reads yet."""
 
     def create(self, layout: Layout) -> None:
-        """Make every file at its full size, so that a full disk is found before the work. Raises
-        SpaceError.
+        """Make every file at its full size, so that a full disk is found before the work. Files that have it
+        already keep their bytes. Raises SpaceError.
         """
 
     def open_part(self) -> PartWriter:
@@ -94,15 +104,25 @@ def range_requests(
     on disk.
     """
     element_bytes = spec.dtype.bits // 8
+    for first, count, file, offset_bytes in stored_runs(spec, fragments, start, stop):
+        low = (first - start) * element_bytes
+        part = into[low : low + count * element_bytes]
+        yield ReadRequest(file=file, offset_bytes=offset_bytes, into=part)
+
+
+def stored_runs(
+    spec: TensorSpec, fragments: Sequence[Fragment], start: int, stop: int
+) -> Iterator[tuple[int, int, str, int]]:
+    """Where elements `start` to `stop` of a tensor lie: (first element, count, file, byte offset) of each
+    run.
+    """
+    element_bytes = spec.dtype.bits // 8
     for fragment in fragments:
-        for run_start, run_length, offset in _runs(spec, fragment, element_bytes):
+        for run_start, run_length, offset_bytes in _runs(spec, fragment, element_bytes):
             first, last = max(start, run_start), min(stop, run_start + run_length)
             if first < last:
-                yield ReadRequest(
-                    file=fragment.file,
-                    offset_bytes=offset + (first - run_start) * element_bytes,
-                    into=into[(first - start) * element_bytes : (last - start) * element_bytes],
-                )
+                offset = offset_bytes + (first - run_start) * element_bytes
+                yield first, last - first, fragment.file, offset
 
 
 def _runs(spec: TensorSpec, fragment: Fragment, element_bytes: int) -> Iterator[tuple[int, int, int]]:

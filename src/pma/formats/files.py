@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pma.errors import FormatError, IncompleteError
+from pma.errors import FormatError, IncompleteError, StorageError
 from pma.formats.contracts import ReadRequest
 
 _MOST_BUFFERS = 512  # a call of preadv takes at most IOV_MAX buffers, 1024 on Linux
@@ -82,7 +82,7 @@ def read_exactly(descriptor: int, offset_bytes: int, buffers: Sequence[memoryvie
         try:
             count = os.preadv(descriptor, waiting[:_MOST_BUFFERS], offset_bytes)
         except OSError as error:
-            raise FormatError(f"{path}: reading at byte {offset_bytes} failed: {error.strerror}") from error
+            raise StorageError(f"{path}: reading at byte {offset_bytes} failed: {error.strerror}") from error
         if count == 0:
             raise IncompleteError(
                 f"{path} ends at byte {offset_bytes}, before the data its header promises; "

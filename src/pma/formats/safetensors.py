@@ -12,9 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pma.errors import FormatError, IncompleteError, InputError, SpaceError, printable
+from blake3 import blake3
+
+from pma.errors import FormatError, IncompleteError, InputError, SpaceError, StorageError, printable
 from pma.formats import hf_trainer, strict_json
-from pma.formats.contracts import ReadRequest
+from pma.formats.contracts import UNFINISHED_SUFFIX, ReadRequest
 from pma.formats.files import OpenFiles, coalesced, read_exactly
 from pma.formats.safetensors_header import encode_header, read_header
 from pma.quantities import bytes_text
@@ -43,7 +45,8 @@ class SafetensorsReader:
     """Reads one safetensors checkpoint by position. Implements `CheckpointReader`."""
 
     format = FORMAT
-    request_bytes = 4 * 2**20
+    request_bytes = 2**20
+    forget_after_reading = False
     requests_in_flight = 4
 
     def __init__(self, path: Path) -> None:
@@ -63,9 +66,13 @@ class SafetensorsReader:
         if path.is_dir():
             _check_index(path, self._file_of)
         self._files = OpenFiles(self._folder)
+        digests = [f"{name} {header.digest} {header.file_bytes}" for name, header in self._headers.items()]
+        self.layout_digest = blake3("\n".join(digests).encode("utf-8", "surrogateescape")).hexdigest()
 
     @cached_property
     def meta(self) -> CheckpointMeta:
+        if self._folder.name.endswith(UNFINISHED_SUFFIX):
+            return CheckpointMeta(incomplete="it is an output of pma that is not finished")
         return hf_trainer.read_meta(self.path) if self.path.is_dir() else CheckpointMeta()
 
     @cached_property
@@ -88,6 +95,9 @@ class SafetensorsReader:
         for file, offset_bytes, buffers in coalesced(requests):
             with self._files.use(file) as descriptor:
                 read_exactly(descriptor, offset_bytes, buffers, self._folder / file)
+                if self.forget_after_reading:
+                    length = sum(len(buffer) for buffer in buffers)
+                    os.posix_fadvise(descriptor, offset_bytes, length, os.POSIX_FADV_DONTNEED)
 
     def identities(self) -> tuple[FileIdentity, ...]:
         found = []
@@ -220,23 +230,32 @@ class SafetensorsWriter:
     def create(self, layout: Layout) -> None:
         self._layout = layout
         for file in layout.files:
-            with open(self._folder / file.name, "xb") as out:
-                try:
-                    # reserve the room now: a full disk must be found before hours of reading
-                    os.posix_fallocate(out.fileno(), 0, max(file.size_bytes, 1))
-                except OSError as error:
-                    if error.errno in _NO_ROOM:
-                        raise _no_room(self._folder, layout, error) from error
-                    os.truncate(out.fileno(), file.size_bytes)  # the file system cannot reserve
+            flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            descriptor = os.open(self._folder / file.name, flags, 0o644)
+            try:
+                if os.fstat(descriptor).st_size != file.size_bytes:
+                    os.ftruncate(descriptor, file.size_bytes)
+                # reserve the room now: a full disk must be found before hours of reading
+                os.posix_fallocate(descriptor, 0, max(file.size_bytes, 1))
+            except OSError as error:
+                if error.errno in _NO_ROOM:
+                    raise _no_room(self._folder, layout, error) from error
+                # else the file system cannot reserve
+            finally:
+                os.close(descriptor)
 
     def open_part(self) -> SafetensorsPart:
         return SafetensorsPart(self._folder)
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        with open(self._folder / name, "xb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
+        path = self._folder / name
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(path, flags, 0o644)
+        try:
+            _write_exactly(descriptor, 0, memoryview(data), path)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
     def finish(self) -> None:
         assert self._layout is not None
@@ -260,15 +279,7 @@ class SafetensorsPart:
         self._descriptors: dict[str, int] = {}
 
     def write(self, file: str, offset_bytes: int, values: memoryview) -> None:
-        descriptor = self._descriptor(file)
-        while len(values):
-            try:
-                count = os.pwrite(descriptor, values, offset_bytes)
-            except OSError as error:
-                kind = SpaceError if error.errno in _NO_ROOM else InputError
-                raise kind(f"{self._folder / file}: writing failed: {error.strerror}") from error
-            offset_bytes += count
-            values = values[count:]
+        _write_exactly(self._descriptor(file), offset_bytes, values, self._folder / file)
 
     def _descriptor(self, file: str) -> int:
         if file not in self._descriptors:
@@ -277,8 +288,29 @@ class SafetensorsPart:
                 os.close(descriptor)  # another thread was first
         return self._descriptors[file]
 
+    def sync(self) -> None:
+        for file, descriptor in list(self._descriptors.items()):
+            try:
+                os.fdatasync(descriptor)
+            except OSError as error:
+                raise _write_error(self._folder / file, error) from error
+
     def close(self) -> None:
         for descriptor in self._descriptors.values():
-            os.fsync(descriptor)
             os.close(descriptor)
         self._descriptors = {}
+
+
+def _write_exactly(descriptor: int, offset_bytes: int, values: memoryview, path: Path) -> None:
+    while len(values):
+        try:
+            count = os.pwrite(descriptor, values, offset_bytes)
+        except OSError as error:
+            raise _write_error(path, error) from error
+        offset_bytes += count
+        values = values[count:]
+
+
+def _write_error(path: Path, error: OSError) -> InputError:
+    kind = SpaceError if error.errno in _NO_ROOM else StorageError
+    return kind(f"{path}: writing failed: {error.strerror}")

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from blake3 import blake3
 
@@ -25,6 +26,8 @@ from pma.types import DType, TensorSpec
 # the library itself allows 100 MB; a header of 100,000 tensors has about 12
 LARGEST_HEADER_BYTES = 32 * 2**20
 _DTYPES = {dtype.value[0]: dtype for dtype in DType}
+# the shards of a run's checkpoints have the same headers: each is parsed, checked and held once
+_parsed: WeakValueDictionary[tuple[str, int], Header] = WeakValueDictionary()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +68,14 @@ def read_header(path: Path) -> Header:
         read_exactly(descriptor, 8, [memoryview(text)], path)
     finally:
         os.close(descriptor)
-    return _checked(path, bytes(text), file_bytes)
+    digest = blake3(text).hexdigest()
+    header = _parsed.get((digest, file_bytes))
+    if header is None:
+        header = _parsed[digest, file_bytes] = _checked(path, bytes(text), file_bytes, digest)
+    return header
 
 
-def _checked(path: Path, text: bytes, file_bytes: int) -> Header:
+def _checked(path: Path, text: bytes, file_bytes: int, digest: str) -> Header:
     if not text.startswith(b"{"):
         raise FormatError(f"{path}: the header does not start with '{{'; this is no safetensors file")
     entries = parse_object(text, f"{path}: the header")
@@ -101,7 +108,7 @@ def _checked(path: Path, text: bytes, file_bytes: int) -> Header:
         offsets_bytes={name: data_start + start for _, start, _, name in spans},
         metadata=metadata,
         file_bytes=file_bytes,
-        digest=blake3(text).hexdigest(),
+        digest=digest,
     )
 
 

@@ -61,7 +61,7 @@ def write_safetensors(folder: Path, tensors: Sequence[Raw], shards: int = 1) -> 
 def _torch_tensor(raw: Raw) -> Any:
     import torch
 
-    from pma.averaging.accumulate import TORCH_DTYPES
+    from pma.engine.memory import torch_dtype
 
     quantised = {
         DType.F8_E4M3: torch.float8_e4m3fn,
@@ -70,7 +70,7 @@ def _torch_tensor(raw: Raw) -> Any:
         DType.F8_E4M3FNUZ: torch.float8_e4m3fnuz,
         DType.F8_E5M2FNUZ: torch.float8_e5m2fnuz,
     }
-    dtype = (TORCH_DTYPES | quantised)[raw.spec.dtype]
+    dtype = quantised.get(raw.spec.dtype) or torch_dtype(raw.spec.dtype)
     if not raw.data:
         return torch.empty(raw.spec.shape, dtype=dtype)
     return torch.frombuffer(bytearray(raw.data), dtype=torch.uint8).view(dtype).reshape(raw.spec.shape)

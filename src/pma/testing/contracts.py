@@ -216,12 +216,12 @@ class WriterContract:
         for file in layout.files:
             assert (tmp_path / file.name).stat().st_size == file.size_bytes
 
-    def test_an_existing_file_is_not_touched(self, tmp_path: Path) -> None:
+    def test_what_an_interrupted_attempt_wrote_is_kept(self, tmp_path: Path) -> None:
         layout = self.layout({raw.spec.name: raw.spec for raw in self.sample})
-        (tmp_path / layout.files[0].name).write_bytes(b"precious")
-        with pytest.raises(FileExistsError):
-            self.writer(tmp_path).create(layout)
-        assert (tmp_path / layout.files[0].name).read_bytes() == b"precious"
+        pieces = self._pieces(layout)
+        for half in (pieces[::2], pieces[1::2]):
+            self._write(tmp_path, layout, half)
+        assert self.read_back(tmp_path) == {raw.spec.name: raw.data for raw in self.sample}
 
     def test_small_files_are_written_as_they_are(self, tmp_path: Path) -> None:
         self.writer(tmp_path).write_bytes("config.json", b"{}")
@@ -247,5 +247,6 @@ class WriterContract:
         part = writer.open_part()
         for file, offset, data in pieces:
             part.write(file, offset, memoryview(data))
+        part.sync()
         part.close()
         writer.finish()

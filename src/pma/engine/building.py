@@ -1,0 +1,185 @@
+"""One output while it is built: its lease, its journal, its files; resumed, kept up, finished or left
+behind.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pma.engine import provenance, side_files
+from pma.engine.blocks import CHUNK_BYTES
+from pma.engine.journal import JOURNAL_FILE, Journal
+from pma.engine.lease import LEASE_FILE, Lease
+from pma.engine.plan import Plan
+from pma.engine.staging import clear, make_staging_folder, publish, refuse_existing, sync_folder
+from pma.engine.stream import Digests, Output
+from pma.errors import UsageError
+from pma.formats.safetensors import SafetensorsWriter
+
+SAVE_SECONDS = 5.0
+
+
+class Building:
+    """The hidden folder of one output, held by this process from `__init__` to `close`.
+
+    `output.digests` holds what an earlier attempt had finished. Raises UsageError where the output exists,
+    somebody else builds it, or an earlier attempt was of another merge.
+    """
+
+    def __init__(self, plan: Plan, out: Path, *, fresh: bool = False, break_lock: bool = False) -> None:
+        self.plan, self.out = plan, out
+        self.folder, self._lease = _leased(out, break_lock=break_lock)
+        sync_folder(self.folder)  # first of all the lease: it tells whose the rest is
+        self._journal = Journal(self.folder)
+        self._writer = SafetensorsWriter(self.folder)
+        self._part = self._writer.open_part()
+        try:
+            self._resume_or_start(fresh=fresh)
+            self._writer.create(plan.layout)
+            sync_folder(self.folder)
+        except BaseException as error:
+            if not isinstance(error, UsageError) and not self._journal.digests:
+                self.discard()
+            self.close()
+            raise
+        self.output = Output(part=self._part, digests=dict(self._journal.digests))
+
+    def _resume_or_start(self, *, fresh: bool) -> None:
+        heading = provenance.heading(self.plan)
+        earlier = self._journal.heading
+        if earlier is not None and earlier != heading and not fresh:
+            what = "sources" if earlier.get("sources") != heading["sources"] else "options"
+            raise UsageError(
+                f"an earlier merge to {self.out} was interrupted, and its {what} were not the same; "
+                "repeat that command to go on, or say --fresh to start over"
+            )
+        if earlier == heading and not fresh and self._files_are_whole():
+            weights = [file.name for file in self.plan.layout.files]
+            clear(self.folder, but=(LEASE_FILE, JOURNAL_FILE, *weights))
+            return
+        clear(self.folder)
+        self._journal.start(heading)
+
+    def _files_are_whole(self) -> bool:
+        sizes = {name: _size_bytes(self.folder / name) for name, _ in self._journal.digests}
+        return all(sizes.get(f.name, f.size_bytes) == f.size_bytes for f in self.plan.layout.files)
+
+    @property
+    def bytes_done(self) -> int:
+        """Bytes of finished chunks, as far as this process knows."""
+        return min(len(self.output.digests) * CHUNK_BYTES, self.plan.bytes_to_write)
+
+    def save(self) -> None:
+        """Sync what is written, then say so in the journal; show that we live."""
+        self._lease.beat()
+        finished: Digests = dict(self.output.digests)
+        new = {chunk: finished[chunk] for chunk in finished.keys() - self._journal.digests.keys()}
+        if new:
+            self._part.sync()
+            self._journal.add(new)
+
+    def finish(self, *, sha256: bool = False, hash_sources: bool = False) -> dict[str, Any]:
+        """All blocks are written: add what belongs beside them and give the folder its name. Returns the
+        record.
+        """
+        self._part.sync()
+        plan = self.plan
+        provenance.check_unchanged(plan)
+        newest = plan.sources[-1].point.path
+        copied = side_files.read(newest, plan.options.dtype)
+        self._writer.finish()
+        for name, data in copied.items():
+            self._writer.write_bytes(name, data)
+        origins: Mapping[str, str] = {name: os.path.realpath(newest / name) for name in copied}
+        value = provenance.record(plan, self.output.digests, self.folder, origins, add_sha256=sha256)
+        if hash_sources:
+            provenance.add_source_digests(value)
+        self._writer.write_bytes(provenance.RECORD_FILE, provenance.encode(value))
+        self._lease.beat()
+        publish(self.folder, self.out)
+        return value
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether an attempt after this one would find something done."""
+        return bool(self._journal.digests)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether no other process broke our lease."""
+        return self._lease.is_held()
+
+    def discard(self) -> None:
+        """Remove everything, unless it is another's by now: no later attempt could use it."""
+        if self.is_ours:
+            clear(self.folder, but=())
+            self.folder.rmdir()
+
+    def close(self) -> None:
+        """Let go of lease and files."""
+        self._part.close()
+        self._journal.close()
+        self._lease.release()
+
+
+def _leased(out: Path, *, break_lock: bool) -> tuple[Path, Lease]:
+    while True:
+        folder = make_staging_folder(out)
+        try:
+            lease = Lease(folder, out, break_lock=break_lock)
+        except FileNotFoundError:
+            continue  # its holder finished and took the folder away meanwhile
+        try:
+            refuse_existing(out)
+            clear(folder, but=(LEASE_FILE, JOURNAL_FILE, *_output_files(folder)))
+        except BaseException:
+            lease.release()
+            raise
+        return folder, lease
+
+
+def _output_files(folder: Path) -> list[str]:
+    """Everything but the names that contenders for the lease left."""
+    return [entry.name for entry in folder.iterdir() if not entry.name.startswith(LEASE_FILE)]
+
+
+def _size_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return -1
+
+
+@contextmanager
+def kept_up(
+    buildings: Sequence[Building], stop: threading.Event, seconds: float = SAVE_SECONDS
+) -> Iterator[None]:
+    """In the block, save every building now and then. Where that fails, `stop` is set and the error
+    raised.
+    """
+    ended = threading.Event()
+    failures: list[BaseException] = []
+
+    def keep() -> None:
+        try:
+            while not ended.wait(seconds):
+                for building in buildings:
+                    building.save()
+        except BaseException as error:
+            failures.append(error)
+            stop.set()
+
+    keeper = threading.Thread(target=keep, name="pma-journal", daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        keeper.join()
+        if failures:
+            raise failures[0]

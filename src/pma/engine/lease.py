@@ -1,0 +1,132 @@
+"""Who builds an output: a file with a random token in its hidden folder, held by a lock and kept fresh.
+
+A lock tells of processes under this kernel whether they live: one that was killed has none. It tells nothing
+of another host, and names and numbers of hosts and processes are used again in containers; so a lease that
+was left by another host or another boot is only ever broken on request.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import socket
+import time
+from pathlib import Path
+
+from pma.errors import UsageError, printable
+
+LEASE_FILE = ".pma-lease"
+
+
+class Lease:
+    """The right to write into `folder`, until `release`. Raises UsageError where somebody else has it."""
+
+    def __init__(self, folder: Path, out: Path, *, break_lock: bool = False) -> None:
+        self._path = folder / LEASE_FILE
+        self._mine = folder / f"{LEASE_FILE}.{secrets.token_hex(8)}"
+        self._out = out
+        self._descriptor = self._write()
+        try:
+            while not self._placed(break_lock=break_lock):
+                pass
+        except BaseException:
+            self.release()
+            raise
+        finally:
+            self._mine.unlink(missing_ok=True)
+
+    def _write(self) -> int:
+        """Our lease under a name of its own: in place it is never seen half-written."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(self._mine, flags, 0o644)
+        holder = {"host": _host(), "boot": _boot(), "pid": os.getpid(), "token": secrets.token_hex(16)}
+        os.write(descriptor, json.dumps(holder).encode())
+        os.fsync(descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return descriptor
+
+    def _placed(self, *, break_lock: bool) -> bool:
+        """Put ours in place. False where another came or went meanwhile."""
+        try:
+            os.link(self._mine, self._path)
+        except FileExistsError:
+            pass
+        except FileNotFoundError:  # cleared away by one who had the lease just before
+            os.close(self._descriptor)
+            self._descriptor = self._write()
+            return False
+        else:
+            return True
+        try:
+            theirs = os.open(self._path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return False
+        try:
+            self._refuse_live(theirs, break_lock=break_lock)
+            if not _same(theirs, self._path):
+                return False
+            os.replace(self._mine, self._path)
+            return True
+        finally:
+            os.close(theirs)
+
+    def _refuse_live(self, theirs: int, *, break_lock: bool) -> None:
+        holder = _holder(theirs)
+        who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
+        seconds = max(0, time.time() - os.fstat(theirs).st_mtime)
+        try:
+            fcntl.flock(theirs, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"{self._out} is being written by {who}, last heard of {seconds:.0f} s ago; wait for it"
+            ) from None
+        if (holder.get("host"), holder.get("boot")) != (_host(), _boot()) and not break_lock:
+            raise UsageError(
+                f"{self._out} is being written, or was left unfinished, by {who} "
+                f"(another host, or before a restart), last heard of {seconds:.0f} s ago. "
+                "If that process is gone for good, say --break-lock"
+            )
+
+    def beat(self) -> None:
+        """Show that we live. Raises UsageError where another broke our lease."""
+        if not self.is_held():
+            raise UsageError(f"another process broke the lease on {self._out}; this one stops")
+        os.utime(self._descriptor)
+
+    def is_held(self) -> bool:
+        """Whether the lease in the folder is still ours."""
+        return _same(self._descriptor, self._path)
+
+    def release(self) -> None:
+        """Let go; the file stays for its folder to be judged by."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _same(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _holder(descriptor: int) -> dict[str, str]:
+    try:
+        value = json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:
+        return {}
+    return {k: printable(str(v), 80) for k, v in value.items()} if isinstance(value, dict) else {}
+
+
+def _host() -> str:
+    return socket.gethostname()
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,50 @@
+"""How much memory streaming takes, and how much is done at a time so that it stays within a budget."""
+
+# K merges made from one read
+
+from __future__ import annotations
+
+from pma.averaging import AT_ONCE
+from pma.engine.blocks import CHUNK_BYTES
+from pma.errors import UsageError
+from pma.quantities import bytes_text
+
+DEFAULT_MEMORY_BYTES = 384 * 2**20
+LARGEST_TILE_BYTES = 2**20
+_SMALLEST_TILE_BYTES = 2**16
+# interpreter, numpy and the compiler behind the arithmetic; measured, see benchmarks/README.md
+_BASE_MEMORY_BYTES = 190 * 2**20
+
+
+def worker_bytes(tile_bytes: int, merges: int) -> int:
+    """Buffers of one thread: a few tiles as read (fp16 also widened), and an accumulator and a block for each
+    merge.
+    """
+    return 3 * AT_ONCE * tile_bytes + merges * (2 * tile_bytes + CHUNK_BYTES)
+
+
+def tile_bytes_within(memory_bytes: int, threads: int, merges: int) -> int:
+    """The largest tile that keeps `threads` workers within `memory_bytes`. Raises UsageError where none
+    does.
+    """
+    tile_bytes = LARGEST_TILE_BYTES
+    while threads * worker_bytes(tile_bytes, merges) > memory_bytes:
+        tile_bytes //= 2
+        if tile_bytes < _SMALLEST_TILE_BYTES:
+            needed = threads * worker_bytes(_SMALLEST_TILE_BYTES, merges)
+            raise UsageError(
+                f"--memory {bytes_text(memory_bytes)} is too little for {threads} threads, which need "
+                f"{bytes_text(needed)}; give more, or fewer --threads"
+            )
+    return tile_bytes
+
+
+def merges_within(memory_bytes: int, threads: int) -> int:
+    """How many merges can be made from one read, at least 1, with tiles that are still worth a request."""
+    each = 2 * LARGEST_TILE_BYTES + CHUNK_BYTES
+    return max(1, (memory_bytes // threads - 3 * AT_ONCE * LARGEST_TILE_BYTES) // each)
+
+
+def peak_memory_bytes(tile_bytes: int, threads: int, merges: int) -> int:
+    """What the process will take at most."""
+    return _BASE_MEMORY_BYTES + threads * worker_bytes(tile_bytes, merges)
