@@ -391,7 +391,7 @@ def test_a_mean_too_large_for_the_output_type_is_an_error(tmp_path: Path) -> Non
         write_safetensors(path, [Raw(spec=TensorSpec(name="w", dtype=DType.F32, shape=(2,)), data=LARGE)])
         write_trainer_state(path, number, every=1)
         paths.append(path)
-    with pytest.raises(InputError, match="w: .* a mean is too large for F16"):
+    with pytest.raises(InputError, match=r"w: .* a mean is too large for F16"):
         merged(paths, tmp_path / "out", dtype=DType.F16)
     assert not (tmp_path / "out").exists()
     assert merged(paths, tmp_path / "wide", dtype=DType.BF16).is_dir()

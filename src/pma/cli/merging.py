@@ -10,7 +10,8 @@ import typer
 
 from pma import engine, trajectory, verbs
 from pma.cli import options as flags
-from pma.cli.output import command, note, progress, say, table
+from pma.cli.output import command, note, say, table
+from pma.cli.transfer import cost, show_cost, transfer
 from pma.errors import printable
 from pma.quantities import bytes_text, count_text
 
@@ -194,12 +195,15 @@ def merge(
     hash_sources: Annotated[
         bool, typer.Option("--hash-sources", help="Also record SHA-256 of the sources.")
     ] = False,
+    fresh: flags.Fresh = False,
+    break_lock: flags.BreakLock = False,
+    measure_roofline: flags.MeasureRoofline = False,
     threads: flags.Threads = 2,
     memory: flags.Memory = flags.DEFAULT_MEMORY,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
     """Average checkpoints into a new checkpoint. Nothing is overwritten; what is interrupted never looks
-    complete.
+    complete, and the same command goes on with it.
 
     Example: pma merge runs/7b -o merged --last 10 --every 8B
     """
@@ -220,23 +224,23 @@ def merge(
             note(f"left out: {path}: {reason}")
         for warning in engine.check_output(planned, out, inside_run=inside_run):
             note(f"warning: {warning}")
-        with progress("merging", planned.bytes_to_write) as show:
+        roofline = engine.measure_roofline(planned, out) if measure_roofline else None
+        with transfer("merging", planned.bytes_to_write, as_json=json_output) as show:
             done = engine.write(
                 planned,
                 out,
                 inside_run=inside_run,
                 sha256=sha256,
                 hash_sources=hash_sources,
-                progress=lambda read, written: show(written, f"{bytes_text(read)} read"),
+                fresh=fresh,
+                break_lock=break_lock,
+                progress=show,
             )
-    rate = (done.bytes_read + done.bytes_written) / max(done.seconds, 1e-9)
+    result = {**asdict(done), "path": str(out), **cost(done, roofline)}
     if not json_output:
-        say(
-            f"{out}: {done.scheme} of {done.checkpoints} checkpoints; read {bytes_text(done.bytes_read)}, "
-            "wrote "
-            f"{bytes_text(done.bytes_written)} in {done.seconds:.1f} s ({bytes_text(rate)}/s)"
-        )
-    return {**asdict(done), "path": str(out)}
+        say(f"{out}: {done.scheme} of {done.checkpoints} checkpoints")
+        show_cost(result)
+    return result
 
 
 def verify(
@@ -244,14 +248,15 @@ def verify(
     samples: Annotated[
         int, typer.Option("--samples", min=0, help="Blocks to derive again from the sources; 0 for none.")
     ] = 16,
+    full: Annotated[bool, typer.Option("--full", help="Derive every block again.")] = False,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
-    """Is a merge still what was written, and right? Hashes it again, and derives sampled blocks from the
-    sources.
+    """Is a merge still what was written, and right? Hashes it again, and derives sampled blocks, or all, from
+    the sources.
 
     Example: pma verify merged
     """
-    done = engine.verify(out, samples=samples)
+    done = engine.verify(out, samples=None if full else samples)
     if not json_output:
         say(
             f"{out}: {done.chunks_hashed} chunks hashed, {done.blocks_derived} of {done.blocks_total} blocks "

@@ -56,6 +56,13 @@ MixedPhases = Annotated[
 Nonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Go on where a source holds NaN or infinity.")
 ]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of going on with an attempt.")]
+BreakLock = Annotated[
+    bool, typer.Option("--break-lock", help="Take over from a process on another host that is gone for good.")
+]
+MeasureRoofline = Annotated[
+    bool, typer.Option("--measure-roofline", help="First time plain reads and writes of a sample.")
+]
 Threads = Annotated[int, typer.Option("--threads", help="Workers that read and average.")]
 Memory = Annotated[str, typer.Option("--memory", help="Budget for buffers, such as 256MiB.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]

@@ -72,7 +72,7 @@ def check_output(plan: Plan, out: Path, *, inside_run: bool = False) -> tuple[st
                 f"{out} lies inside the run {run}, whose trainer may resume from it or delete it; "
                 "choose a folder outside" + ("" if inside_checkpoint else ", or say --inside-run")
             )
-    existing = next(parent for parent in target.parents if parent.exists())
+    existing = existing_parent(out)
     if not existing.is_dir():
         raise UsageError(f"{out} cannot be made: {existing} is a file")
     if not os.access(existing, os.W_OK):
@@ -89,6 +89,11 @@ def check_output(plan: Plan, out: Path, *, inside_run: bool = False) -> tuple[st
             "from",
         )
     return ()
+
+
+def existing_parent(out: Path) -> Path:
+    """The nearest folder above `out` that is there already."""
+    return next(parent for parent in Path(os.path.realpath(out)).parents if parent.exists())
 
 
 def _as_named_and_as_resolved(plan: Plan) -> set[Path]:

@@ -1,0 +1,113 @@
+"""Progress of what moves bytes: how much, how fast, how long still; lines for people or events for
+machines.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from pma.cli.output import progress, say
+from pma.engine import Merge, Roofline
+from pma.quantities import bytes_text
+
+_EVENT_SECONDS = 1.0
+
+
+@contextmanager
+def transfer(title: str, bytes_to_write: int, *, as_json: bool) -> Iterator[Callable[[int, int], None]]:
+    """Call it with the totals of bytes read and written so far, from any one thread at a time.
+
+    A bar where stderr is a terminal, else a line now and then; with `as_json` one JSON object a second.
+    """
+    meter = _Meter(bytes_to_write)
+    if as_json:
+        last = [time.monotonic()]
+
+        def event(read: int, written: int) -> None:
+            now = time.monotonic()
+            if now - last[0] >= _EVENT_SECONDS or written >= bytes_to_write:
+                last[0] = now
+                print(json.dumps({"event": title, **meter.now(read, written)}), file=sys.stderr, flush=True)
+
+        yield event
+        return
+    with progress(title, bytes_to_write) as show:
+        yield lambda read, written: show(written, _words(meter.now(read, written)))
+
+
+class _Meter:
+    """Rates since the first call; what was there from an earlier attempt is not counted as speed."""
+
+    def __init__(self, bytes_to_write: int) -> None:
+        self._to_write = bytes_to_write
+        self._started = time.monotonic()
+        self._resumed: int | None = None
+
+    def now(self, read: int, written: int) -> dict[str, Any]:
+        if self._resumed is None:
+            self._resumed = written if read == 0 else 0
+        seconds = max(time.monotonic() - self._started, 1e-6)
+        fresh = written - self._resumed
+        left = (self._to_write - written) * seconds / fresh if fresh else None
+        return {
+            "bytes_read": read,
+            "bytes_written": written,
+            "bytes_to_write": self._to_write,
+            "percent": round(100 * written / max(self._to_write, 1), 1),
+            "read_bytes_per_second": round(read / seconds),
+            "write_bytes_per_second": round(fresh / seconds),
+            "seconds_left": None if left is None else round(left, 1),
+        }
+
+
+def _words(state: dict[str, Any]) -> str:
+    left = "" if state["seconds_left"] is None else f", {_duration(state['seconds_left'])} left"
+    read, written = state["read_bytes_per_second"], state["write_bytes_per_second"]
+    rates = f"read at {bytes_text(read)}/s, written at {bytes_text(written)}/s"
+    return f"{bytes_text(state['bytes_read'])} {rates}{left}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def cost(done: Merge, roofline: Roofline | None) -> dict[str, Any]:
+    """What a merge took, for JSON: rates over the streaming part, share of the roofline if that was
+    measured.
+    """
+    share = None
+    if roofline is not None and not done.bytes_resumed:
+        share = round(roofline.seconds / max(done.stream_seconds, 1e-9), 3)
+    seconds = max(done.stream_seconds, 1e-9)
+    return {
+        "read_bytes_per_second": round(done.bytes_read / seconds),
+        "write_bytes_per_second": round(done.bytes_written / seconds),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "roofline_seconds": None if roofline is None else round(roofline.seconds, 3),
+        "roofline_share": share,
+    }
+
+
+def show_cost(result: Mapping[str, Any]) -> None:
+    """The same for people."""
+    resumed = f" ({bytes_text(result['bytes_resumed'])} was there already)" if result["bytes_resumed"] else ""
+    say(
+        f"  read {bytes_text(result['bytes_read'])} at {bytes_text(result['read_bytes_per_second'])}/s, "
+        f"wrote {bytes_text(result['bytes_written'])} at "
+        f"{bytes_text(result['write_bytes_per_second'])}/s{resumed}"
+    )
+    say(f"  {result['seconds']:.1f} s, peak memory {bytes_text(result['peak_memory_bytes'])}")
+    if result["roofline_share"] is not None:
+        say(
+            f"  {100 * result['roofline_share']:.0f}% of the roofline: plain reads and writes, measured "
+            f"on a sample, "
+            f"would take {result['roofline_seconds']:.1f} s"
+        )
