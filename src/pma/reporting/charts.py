@@ -30,7 +30,7 @@ class Series:
 
 def training_chart(series: Sequence[Series]) -> Any:
     """Training loss over tokens, smoothed over the raw points, with the learning rate below."""
-    alt = _altair()
+    alt = require_altair()
     loss_rows = [
         {"model": printable(s.name), "tokens": tokens, "loss": loss, "smoothed": smooth}
         for s in series
@@ -63,12 +63,12 @@ def training_chart(series: Sequence[Series]) -> Any:
         )
     )
     upper = (points + lines).properties(width=_WIDTH, height=260)
-    return _finished(alt.vconcat(upper, rates).resolve_scale(x="shared"))
+    return finished(alt.vconcat(upper, rates).resolve_scale(x="shared"))
 
 
 def held_out_chart(points: Sequence[Mapping[str, Any]]) -> Any:
     """Held-out loss over training. `points`: tokens, loss, model (its name) and kind (a key of `COLOURS`)."""
-    alt = _altair()
+    alt = require_altair()
     shown = [{**point, "model": printable(point["model"])} for point in points]
     colour = _colours(alt, {point["model"]: point["kind"] for point in shown})
     base = alt.Chart(alt.Data(values=shown)).encode(
@@ -77,7 +77,7 @@ def held_out_chart(points: Sequence[Mapping[str, Any]]) -> Any:
         color=colour,
         tooltip=["model:N", alt.Tooltip("tokens:Q", format=",d"), alt.Tooltip("loss:Q", format=".4f")],
     )
-    return _finished(
+    return finished(
         (base.mark_line() + base.mark_point(filled=True, size=60)).properties(width=_WIDTH, height=280)
     )
 
@@ -86,7 +86,7 @@ def comparison_chart(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Bars: how much better than last each model is, with 95% intervals. `rows`: title, kind, value, low,
     high.
     """
-    alt = _altair()
+    alt = require_altair()
     kinds = {row["kind"] for row in rows}
     shown = [{**row, "title": printable(row["title"])} for row in rows]
     base = alt.Chart(alt.Data(values=shown)).encode(
@@ -106,10 +106,11 @@ def comparison_chart(rows: Sequence[Mapping[str, Any]]) -> Any:
         tooltip=["title:N", alt.Tooltip("value:Q", format=".4f")],
     )
     errors = base.mark_rule(strokeWidth=2, color="#222222").encode(x="low:Q", x2="high:Q")
-    return _finished((bars + errors).properties(width=_WIDTH - 200, height=34 * len(rows)))
+    return finished((bars + errors).properties(width=_WIDTH - 200, height=34 * len(rows)))
 
 
-def _altair() -> Any:
+def require_altair() -> Any:
+    """The module altair. Raises MissingExtra where it, or what it draws PNGs with, is not installed."""
     try:
         import altair
         import vl_convert  # noqa: F401  # what altair draws PNGs with
@@ -143,7 +144,8 @@ def _smoothed(values: Sequence[float]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def _finished(chart: Any) -> Any:
+def finished(chart: Any) -> Any:
+    """`chart` in the house's style; only the outermost chart can be configured."""
     return (
         chart.configure_view(stroke=None)
         .configure_axis(gridColor="#e8e8e8", labelFontSize=12, titleFontSize=12, titleFontWeight="normal")
