@@ -318,9 +318,10 @@ FLAGS = {
     "inspect": "--json --tensors",
     "plan": "--allow-mixed-phases --allow-nonfinite --as-given --at --copy --dtype --every --exclude --json "
     "--last --memory --preset --scheme --threads --weights",
-    "merge": "--allow-mixed-phases --allow-nonfinite --as-given --at --copy --dtype --every --exclude "
-    "--hash-sources --inside-run --json --last --memory --out --preset --scheme --sha256 --threads --weights",
-    "verify": "--json --samples",
+    "merge": "--allow-mixed-phases --allow-nonfinite --as-given --at --break-lock --copy --dtype --every "
+    "--exclude --fresh --hash-sources --inside-run --json --last --measure-roofline --memory --out --preset "
+    "--scheme --sha256 --threads --weights",
+    "verify": "--full --json --samples",
     "eval": "--annealed --at --cloze --context --every --json --last --merge --preset --scheme --text",
     "report": "--json --out",
     "pretrain": "--anneal --fork-from --json --learning-rate --out --seed --text --tokens",

@@ -6,13 +6,12 @@ from __future__ import annotations
 
 import json
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from pma.cli.output import progress, say
+from pma.cli.output import note, progress, say
 from pma.engine import Merge, Roofline
 from pma.quantities import bytes_text
 
@@ -33,7 +32,7 @@ def transfer(title: str, bytes_to_write: int, *, as_json: bool) -> Iterator[Call
             now = time.monotonic()
             if now - last[0] >= _EVENT_SECONDS or written >= bytes_to_write:
                 last[0] = now
-                print(json.dumps({"event": title, **meter.now(read, written)}), file=sys.stderr, flush=True)
+                note(json.dumps({"event": title, **meter.now(read, written)}))
 
         yield event
         return

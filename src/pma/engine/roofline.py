@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pma.engine.blocks import Block, Policy
 from pma.engine.commit import existing_parent
+from pma.engine.plan import Plan
 from pma.engine.segments import Segments
 from pma.engine.work import Work, work_of
 
@@ -27,9 +28,8 @@ class Roofline:
     seconds: float
 
 
-def measure_roofline(work: Work, near: Path, *, sample_bytes: int = _SAMPLE_BYTES) -> Roofline:
-    """Read blocks spread evenly over `work`, about `sample_bytes`, and write as much as they make into
-    `near`.
+def measure_roofline(plan: Plan, out: Path, *, sample_bytes: int = _SAMPLE_BYTES) -> Roofline:
+    """Read blocks spread evenly over the work, about `sample_bytes`, and write what they make, near `out`.
 
     The same requests, by as many threads, as streaming makes; nothing is averaged, digested or synced. What
     it reads is in the system's cache afterwards, so the sample is kept small beside a large merge.
