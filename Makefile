@@ -9,7 +9,7 @@ help:
 	@echo "make demo    the whole story: pre-train, merge, anneal, evaluate, report (about two minutes on two cores)"
 	@echo "make test    all tests (under five minutes on two cores)"
 	@echo "make check   lint, format, types, import contract, README commands"
-	@echo "make bench   merge speed beside plain reads and writes"
+	@echo "make bench   merge speed beside plain reads and writes, a torch loop, and mergekit (15 GB of disk)"
 
 # constraints.txt pins torch to a version that has a CPU build, or a CPU machine would fetch gigabytes of CUDA
 .venv/.installed: pyproject.toml constraints.txt
@@ -39,4 +39,4 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/merge_speed.py
 
 clean:
-	rm -rf .venv demo demo-moe
+	rm -rf .venv demo demo-moe benchmarks/.mergekit-venv

@@ -1,11 +1,14 @@
-"""How fast a merge streams, beside plain positional reads and writes of the same bytes with as many threads.
+"""How fast a merge is: beside plain reads and writes of the same bytes, a torch loop, and mergekit.
 
-    python benchmarks/merge_speed.py [--checkpoints 10] [--mib 256] [--threads 2] [--pairs 5] [--folder DIR]
+    python benchmarks/merge_speed.py [--checkpoints 10] [--mib 1024] [--threads 2] [--pairs 7] [--folder DIR]
+                                     [--skip-mergekit] [--results DIR]
 
-Makes sharded bf16 checkpoints laid out like a small Llama, then takes turns: plain reads of every source and
-writes of the output, then the merge's streaming part (digests included; planning and final syncs left out on
-both sides). Prints times, medians of the ratios and the merge's peak memory, cold (page cache dropped for the
-files) and hot; writes `benchmarks/results/merge_speed.json`.
+Makes sharded bf16 Llama checkpoints (`fixture.py`), checks that all merge them alike, then takes turns, round
+by round: the roofline (`roofline.py`), `pma merge`, and the peers (`peers.py`). Hot: the sources are read
+once, untimed, before each measurement. Cold: their pages are dropped before each. Nobody pays for another's
+dirty pages, and outputs are removed outside the timing. Writes `merge_speed.json` and `merge_speed.png`.
+
+This process stays small, since Linux counts the memory of the process that starts a command as the command's.
 """
 
 from __future__ import annotations
@@ -15,146 +18,201 @@ import json
 import os
 import resource
 import shutil
-import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pma import engine, trajectory
-from pma.engine import MergeOptions, Plan
-from pma.engine.stream import stream
-from pma.formats.safetensors import SafetensorsWriter
-from pma.testing import tiny_run
-from pma.testing.builders import write_trainer_state
+import peers
+import summary
+from roofline import BLOCK_BYTES, REQUEST_BYTES, roofline, weight_files
 
-RESULTS = Path(__file__).parent / "results" / "merge_speed.json"
-REQUEST_BYTES = 8 * 2**20
-
-
-def checkpoints(folder: Path, count: int, mib: int) -> list[Path]:
-    """`count` checkpoints of about `mib` MiB in two shards: the first of random values, the others copies."""
-    layers = max(1, (mib - 16) // 26)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (8192, 1024)}
-    for layer in range(layers):
-        for name, shape in {"self_attn.qkv": (3072, 1024), "self_attn.o": (1024, 1024)}.items():
-            shapes[f"model.layers.{layer}.{name}.weight"] = shape
-        for name in ("gate", "up", "down"):
-            shapes[f"model.layers.{layer}.mlp.{name}_proj.weight"] = (2816, 1024)
-        shapes[f"model.layers.{layer}.norm.weight"] = (1024,)
-    first = tiny_run(folder, steps=1, shapes=shapes, shards=2)[0]
-    for number in range(2, count + 1):
-        copy = folder / f"checkpoint-{number * 10}"
-        shutil.copytree(first, copy)
-        write_trainer_state(copy, number * 10)
-    return sorted(folder.iterdir(), key=lambda path: int(path.name.split("-")[1]))
+HERE = Path(__file__).parent
+MIB = 2**20
+FEWEST_CHECKPOINTS = 2
+SPARE_CHECKPOINTS = 4  # room for the outputs, three of which exist at once while they are compared
+Times = dict[str, float]
 
 
-def drop_from_cache(paths: list[Path]) -> None:
-    """Write back and forget the pages of these checkpoints' files."""
-    for path in paths:
-        for file in path.glob("*.safetensors"):
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """A run of checkpoints, a scratch folder beside it, and how many threads read."""
+
+    scratch: Path
+    checkpoints: list[Path]
+    threads: int
+
+    @property
+    def run(self) -> Path:
+        return self.scratch / "run"
+
+    def roofline(self, out: Path) -> Times:
+        return roofline(self.checkpoints, out, self.threads)
+
+    def ours(self, out: Path) -> Times:
+        command = [sys.executable, "-m", "pma", "merge", str(self.run), "-o", str(out)]
+        command += ["--last", str(len(self.checkpoints)), "--threads", str(self.threads), "--json"]
+        times, printed = self._whole_command(command, out)
+        told = json.loads(printed)
+        keys = ("seconds", "stream_seconds", "durable_seconds")
+        times |= {f"own_{key}": told[key] for key in keys if key in told}
+        if "peak_memory_bytes" in told:
+            times["own_peak_MiB"] = told["peak_memory_bytes"] / MIB
+        return times
+
+    def naive(self, out: Path) -> Times:
+        command = [sys.executable, str(HERE / "peers.py"), "naive", str(self.run), str(out)]
+        return self._whole_command(command, out)[0]
+
+    def mergekit(self, out: Path) -> Times:
+        command = peers.mergekit_command(self.checkpoints, self.scratch / "mergekit.yml", out)
+        return self._whole_command(command, out)[0]
+
+    def _whole_command(self, command: list[str], out: Path) -> tuple[Times, str]:
+        """A command's wall time, with and without a sync of its output, its peak memory, its stdout."""
+        log = self.scratch / "stderr"
+        environment = os.environ | peers.OFFLINE | {"HF_HOME": str(self.scratch / "huggingface")}
+        with tempfile.TemporaryFile("w+") as stdout, log.open("w") as stderr:
+            started = time.perf_counter()
+            process = subprocess.Popen(command, stdout=stdout, stderr=stderr, env=environment)
+            _, status, usage = os.wait4(process.pid, 0)
+            seconds = time.perf_counter() - started
+            process.returncode = os.waitstatus_to_exitcode(status)
+            sync_files(out)
+            durable_seconds = time.perf_counter() - started
+            stdout.seek(0)
+            printed = stdout.read()
+        if process.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{printed}\n{log.read_text()}\nexit {process.returncode}")
+        peak_mib = usage.ru_maxrss / 1024
+        return {"seconds": seconds, "durable_seconds": durable_seconds, "peak_MiB": peak_mib}, printed
 
 
-def plain(plan: Plan, folder: Path, threads: int) -> float:
-    """Seconds to read every source and write as many bytes as the output has, with positional calls only."""
-    jobs: list[tuple[Path, int, int]] = []
-    for source in plan.sources:
-        for file in source.files:
-            for start in range(0, file.size_bytes, REQUEST_BYTES):
-                jobs.append(
-                    (source.point.path / file.name, start, min(REQUEST_BYTES, file.size_bytes - start))
-                )
-    writer = SafetensorsWriter(folder)
-    writer.create(plan.layout)
-    part = writer.open_part()
-    buffers = [bytearray(REQUEST_BYTES) for _ in range(threads)]
-    descriptors = {path: os.open(path, os.O_RDONLY) for path in {job[0] for job in jobs}}
-
-    def work(worker: int) -> None:
-        view = memoryview(buffers[worker])
-        for path, start, length in jobs[worker::threads]:
-            os.preadv(descriptors[path], [view[:length]], start)
-        writes = [(f, s) for f in plan.layout.files for s in range(0, f.size_bytes, REQUEST_BYTES)]
-        for file, start in writes[worker::threads]:
-            part.write(file.name, start, view[: min(REQUEST_BYTES, file.size_bytes - start)])
-
-    started = time.perf_counter()
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, range(threads)))
-    seconds = time.perf_counter() - started
-    part.close()
-    for descriptor in descriptors.values():
+def sync_files(folder: Path) -> None:
+    """Make a checkpoint's files durable; costs next to nothing where they already are."""
+    for file in weight_files(folder):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
         os.close(descriptor)
-    return seconds
 
 
-def ours(plan: Plan, folder: Path) -> float:
-    """Seconds of the merge's streaming part."""
-    writer = SafetensorsWriter(folder)
-    writer.create(plan.layout)
-    part = writer.open_part()
-    started = time.perf_counter()
-    stream(plan, plan.blocks, part)
-    seconds = time.perf_counter() - started
-    part.close()
-    return seconds
+def make_checkpoints(scratch: Path, wanted: int, mib: int) -> list[Path]:
+    """As many checkpoints as were asked for, or as there is room for, and says so."""
+    room = shutil.disk_usage(scratch).free // (mib * MIB) - SPARE_CHECKPOINTS
+    count = min(wanted, room)
+    if count < FEWEST_CHECKPOINTS:
+        raise SystemExit(f"{scratch} has no room for {FEWEST_CHECKPOINTS + SPARE_CHECKPOINTS} x {mib} MiB")
+    if count < wanted:
+        print(
+            f"{count} checkpoints instead of {wanted}: {wanted + SPARE_CHECKPOINTS} x {mib} MiB are not free"
+        )
+    command = [sys.executable, str(HERE / "fixture.py"), str(scratch / "run")]
+    subprocess.run([*command, "--checkpoints", str(count), "--mib", str(mib)], check=True)
+    return peers.in_order(scratch / "run")
 
 
-def in_fresh_folder(parent: Path, measure: Callable[[Path], float]) -> float:
-    with tempfile.TemporaryDirectory(dir=parent) as folder:
-        return measure(Path(folder))
+def prepare(checkpoints: list[Path], cache: str) -> None:
+    """Bring the sources into the page cache, or drop them from it, with nothing left to write back."""
+    os.sync()
+    buffer = bytearray(REQUEST_BYTES)
+    for file in (file for checkpoint in checkpoints for file in weight_files(checkpoint)):
+        with file.open("rb", buffering=0) as opened:
+            if cache == "cold":
+                os.fsync(opened.fileno())
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while cache == "hot" and opened.readinto(buffer):
+                pass
+
+
+def agreement(bench: Bench, with_mergekit: bool) -> dict[str, Any]:
+    """Merge once with each, and compare the outputs to the bit."""
+    makers = {"ours": bench.ours, "naive": bench.naive}
+    if with_mergekit:
+        makers["mergekit"] = bench.mergekit
+    outs = {name: bench.scratch / f"agree-{name}" for name in makers}
+    found = {}
+    for name, make in makers.items():
+        make(outs[name])
+        if name != "ours":
+            command = [sys.executable, str(HERE / "peers.py"), "compare", str(outs["ours"]), str(outs[name])]
+            compared = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            found[f"{name}_and_ours"] = json.loads(compared.stdout)
+            print(f"{name} and ours: {found[f'{name}_and_ours']}", flush=True)
+    for out in outs.values():
+        shutil.rmtree(out)
+    return found
+
+
+def measure(bench: Bench, cache: str, rounds: int, with_mergekit: bool) -> dict[str, list[Times]]:
+    """Times by name, one entry a round; everybody has a turn in each round, the roofline just before ours."""
+    takers: dict[str, Callable[[Path], Times]] = {
+        "roofline": bench.roofline,
+        "ours": bench.ours,
+        "naive": bench.naive,
+    }
+    if with_mergekit:
+        takers["mergekit"] = bench.mergekit
+    measured: dict[str, list[Times]] = {name: [] for name in takers}
+    warm_up = 1 if cache == "hot" else 0
+    for number in range(1 - warm_up, rounds + 1):
+        line = []
+        for name, take in takers.items():
+            out = bench.scratch / "out"
+            prepare(bench.checkpoints, cache)
+            times = {key: round(value, 4) for key, value in take(out).items()}
+            shutil.rmtree(out)
+            line.append(f"{name} {times.get('seconds', times['durable_seconds']):.2f} s")
+            if number:
+                measured[name].append(times)
+        print(f"{cache}, round {number or 'to warm up'}: {', '.join(line)}", flush=True)
+    return measured
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoints", type=int, default=10)
+    parser.add_argument("--mib", type=int, default=1024, help="size of one checkpoint")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=7, help="rounds")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to write")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--skip-mergekit", action="store_true")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoints", type=int, default=10)
-    parser.add_argument("--mib", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
-    arguments = parser.parse_args()
-    results: dict[str, object] = {
-        key: str(value) for key, value in vars(arguments).items() if key != "folder"
-    }
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
-        paths = checkpoints(Path(scratch) / "run", arguments.checkpoints, arguments.mib)
-        with engine.plan(
-            trajectory.from_checkpoints(paths).points, MergeOptions(threads=arguments.threads)
-        ) as plan:
-            moved = plan.bytes_to_read + plan.bytes_to_write
-            for cache in ("hot", "cold"):
-                pairs = []
-                for number in range(arguments.pairs + 1):
-                    times = []
-                    for measure in (lambda f: plain(plan, f, arguments.threads), lambda f: ours(plan, f)):
-                        if cache == "cold":
-                            drop_from_cache(paths)
-                        times.append(in_fresh_folder(Path(scratch), measure))
-                    if number:  # the first pair warms up
-                        pairs.append(times)
-                ratios = [a / b for a, b in pairs]
-                results[cache] = {
-                    "plain_seconds": [round(a, 3) for a, _ in pairs],
-                    "ours_seconds": [round(b, 3) for _, b in pairs],
-                    "plain_over_ours_median": round(statistics.median(ratios), 3),
-                    "plain_over_ours_range": [round(min(ratios), 3), round(max(ratios), 3)],
-                    "ours_GB_per_second_median": round(
-                        moved / 1e9 / statistics.median(b for _, b in pairs), 2
-                    ),
-                }
-                print(f"{cache}: {results[cache]}")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    results["bytes_moved"] = moved
-    results["peak_MiB_of_this_process"] = round(peak)
-    print(f"peak memory of this process: {peak:.0f} MiB (the builder's included)")
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    arguments = parsed()
+    with_mergekit = not arguments.skip_mergekit
+    versions = peers.install_mergekit() if with_mergekit else None
+    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="merge-speed-") as folder:
+        checkpoints = make_checkpoints(Path(folder), arguments.checkpoints, arguments.mib)
+        bench = Bench(scratch=Path(folder), checkpoints=checkpoints, threads=arguments.threads)
+        results: dict[str, Any] = {
+            "checkpoints_wanted": arguments.checkpoints,
+            "checkpoints": len(checkpoints),
+            "checkpoint_bytes": sum(file.stat().st_size for file in weight_files(checkpoints[0])),
+            "shards": len(weight_files(checkpoints[0])),
+            "threads": arguments.threads,
+            "rounds": arguments.pairs,
+            "request_bytes": REQUEST_BYTES,
+            "block_bytes": BLOCK_BYTES,
+            "machine": summary.machine(versions),
+            "agreement": agreement(bench, with_mergekit),
+        }
+        measured = {c: measure(bench, c, arguments.pairs, with_mergekit) for c in ("hot", "cold")}
+    own_peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    results |= {"peak_MiB_of_this_process": round(own_peak_mib)} | summary.summarised(measured)
+    results["times"] = measured
+    arguments.results.mkdir(exist_ok=True)
+    (arguments.results / "merge_speed.json").write_text(json.dumps(results, indent=1) + "\n")
+    summary.draw(results, arguments.results / "merge_speed.png")
+    print("\n" + summary.markdown(results))
 
 
 if __name__ == "__main__":
