@@ -321,6 +321,9 @@ FLAGS = {
     "merge": "--allow-mixed-phases --allow-nonfinite --as-given --at --break-lock --copy --dtype --every "
     "--exclude --fresh --hash-sources --inside-run --json --last --measure-roofline --memory --out --preset "
     "--scheme --sha256 --threads --weights",
+    "sweep": "--allow-mixed-phases --allow-nonfinite --at --break-lock --cloze --context --copy --dtype "
+    "--every "
+    "--exclude --fresh --json --last --memory --scheme --store --text --threads --write",
     "verify": "--full --json --samples",
     "eval": "--annealed --at --cloze --context --every --json --last --merge --preset --scheme --text",
     "report": "--json --out",

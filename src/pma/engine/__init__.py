@@ -1,9 +1,10 @@
 """plan -> stream -> commit: averaging checkpoints in bounded memory, each output whole or not there."""
 
-from pma.engine.commit import Merge, check_output, write
+from pma.engine.commit import Merge, check_output, is_written, write
 from pma.engine.memory import average
 from pma.engine.plan import MergeOptions, Plan, is_mixture_of_experts, parameter_count, plan
 from pma.engine.roofline import Roofline, measure_roofline
+from pma.engine.sweep import bytes_to_read_by, passes, sweep_digests, sweep_in_memory, sweep_to_folders
 from pma.engine.verify import Verification, verify
 
 __all__ = [
@@ -13,11 +14,17 @@ __all__ = [
     "Roofline",
     "Verification",
     "average",
+    "bytes_to_read_by",
     "check_output",
     "is_mixture_of_experts",
+    "is_written",
     "measure_roofline",
     "parameter_count",
+    "passes",
     "plan",
+    "sweep_digests",
+    "sweep_in_memory",
+    "sweep_to_folders",
     "verify",
     "write",
 ]

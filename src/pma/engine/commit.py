@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pma.engine import provenance
 from pma.engine.building import SAVE_SECONDS, Building, kept_up
 from pma.engine.plan import Plan
 from pma.engine.staging import leftover_bytes, refuse_existing
@@ -77,18 +78,29 @@ def check_output(plan: Plan, out: Path, *, inside_run: bool = False) -> tuple[st
         raise UsageError(f"{out} cannot be made: {existing} is a file")
     if not os.access(existing, os.W_OK):
         raise UsageError(f"{out} cannot be made: {existing} is not writable")
-    free = shutil.disk_usage(existing).free + leftover_bytes(out)
-    if free < plan.bytes_to_write:
-        raise SpaceError(
-            f"{existing} has {bytes_text(free)} free, the output needs {bytes_text(plan.bytes_to_write)}; "
-            "free some space or choose another place"
-        )
+    check_room([(plan, out)])
     if _TRAINER_NAME.search(out.name):
         return (
             f"{out.name} is named like a trainer's checkpoint; keep it out of folders that trainers resume "
             "from",
         )
     return ()
+
+
+def check_room(targets: Sequence[tuple[Plan, Path]]) -> None:
+    """Raises SpaceError where the outputs, taken together on each file system, do not fit."""
+    needed: dict[int, int] = {}
+    for plan, out in targets:
+        existing = existing_parent(out)
+        device = existing.stat().st_dev
+        needed[device] = needed.get(device, 0) + plan.bytes_to_write - leftover_bytes(out)
+        free = shutil.disk_usage(existing).free
+        if free < needed[device]:
+            total = sum(plan.bytes_to_write for plan, _ in targets)
+            raise SpaceError(
+                f"{existing} has {bytes_text(free)} free, the output needs {bytes_text(total)}; "
+                "free some space or choose another place"
+            )
 
 
 def existing_parent(out: Path) -> Path:
@@ -108,6 +120,12 @@ def _as_named_and_as_resolved(plan: Plan) -> set[Path]:
 def _is_run(folder: Path) -> bool:
     inside = [entry for entry in folder.iterdir() if entry.is_dir()]
     return any(_TRAINER_NAME.fullmatch(entry.name) or (entry / STATE_FILE).is_file() for entry in inside)
+
+
+def is_written(plan: Plan, out: Path) -> bool:
+    """Whether `out` is already this very merge: same sources, same recipe, same layout, by its record."""
+    record = out / provenance.RECORD_FILE
+    return record.is_file() and provenance.load(out).get("plan") == provenance.heading(plan)
 
 
 def write(

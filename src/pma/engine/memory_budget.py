@@ -39,10 +39,16 @@ def tile_bytes_within(memory_bytes: int, threads: int, merges: int) -> int:
     return tile_bytes
 
 
-def merges_within(memory_bytes: int, threads: int) -> int:
-    """How many merges can be made from one read, at least 1, with tiles that are still worth a request."""
-    each = 2 * LARGEST_TILE_BYTES + CHUNK_BYTES
-    return max(1, (memory_bytes // threads - 3 * AT_ONCE * LARGEST_TILE_BYTES) // each)
+def merges_within(memory_bytes: int, threads: int, result_bytes: int = 0) -> int:
+    """How many merges can be made from one read, at least 1, with the largest tiles.
+
+    `result_bytes`: what each result takes where it is kept in memory.
+    """
+    room = memory_bytes - threads * worker_bytes(LARGEST_TILE_BYTES, 0)
+    each = (
+        threads * (worker_bytes(LARGEST_TILE_BYTES, 1) - worker_bytes(LARGEST_TILE_BYTES, 0)) + result_bytes
+    )
+    return max(1, room // each)
 
 
 def peak_memory_bytes(tile_bytes: int, threads: int, merges: int) -> int:

@@ -38,6 +38,7 @@ def record(
     return {
         "pma_record": RECORD_VERSION,
         "made_by": {"pma-llm": _version("pma-llm"), "torch": _version("torch"), "numpy": _version("numpy")},
+        "plan": heading(plan),
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "scheme": "given weights" if options.weights is not None else options.scheme,
         "dtype": options.dtype.name if options.dtype else None,

@@ -1,0 +1,193 @@
+"""`pma sweep`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pma import engine, sweeping, verbs
+from pma.cli import options as flags
+from pma.cli.output import command, note, say, table
+from pma.cli.transfer import transfer
+from pma.errors import MissingExtra, UsageError
+from pma.quantities import bytes_text, parse_distance
+from pma.results import Store
+from pma.sweeping import Grid, Sweep
+
+_MEMORY = "2GiB"
+_SHOWN = 20
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command("sweep", short_help="Many merges from few reads, evaluated or written.")(command(sweep))
+
+
+def sweep(
+    sources: flags.Sources,
+    last: Annotated[str, typer.Option("--last", metavar="N,N,…", help="Numbers of checkpoints.")],
+    every: Annotated[
+        str | None, typer.Option("--every", metavar="V,V,…", help="Distances: 8B (tokens) or 400 (steps).")
+    ] = None,
+    at: Annotated[
+        str | None,
+        typer.Option("--at", metavar="STEP,…", help="Steps at which windows end; the newest by default."),
+    ] = None,
+    scheme: Annotated[
+        str, typer.Option("--scheme", metavar="S,S,…", help="Schemes, as in pma merge.")
+    ] = "sma",
+    write: Annotated[
+        Path | None, typer.Option("--write", metavar="DIR", help="Write every merge into a folder of DIR.")
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", help="Held-out text; without --write, what the run held out by default."),
+    ] = None,
+    cloze: Annotated[int, typer.Option("--cloze", min=0, help="Number of cloze items; 0 for none.")] = 400,
+    context: Annotated[
+        int | None, typer.Option("--context", min=2, help="Tokens the model looks at; its own by default.")
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option("--store", metavar="FILE", help="Where results are kept; RUN/.pma by default."),
+    ] = None,
+    dtype: flags.OutputDType = None,
+    exclude: flags.Exclude = None,
+    copy: flags.Copy = None,
+    allow_mixed_phases: flags.MixedPhases = False,
+    allow_nonfinite: flags.Nonfinite = False,
+    fresh: flags.Fresh = False,
+    break_lock: flags.BreakLock = False,
+    threads: flags.Threads = 2,
+    memory: Annotated[
+        str, typer.Option("--memory", help="Budget for buffers and for merged models.")
+    ] = _MEMORY,
+    json_output: flags.Json = False,
+) -> dict[str, Any]:
+    """Every combination of windows and schemes, from as few reads of the checkpoints as memory allows.
+
+    Evaluates each merge without writing it, and keeps the results: a repeated or wider sweep computes only
+    what is new. With --write each is written as pma merge would, to the bit.
+
+    Example: pma sweep run --last 3,6,10 --every 25,50 --scheme sma,wma,ema:0.2,1-sqrt
+    """
+    grid = _grid(last, every, at, scheme, allow_mixed_phases=allow_mixed_phases)
+    options = flags.merge_options(
+        "sma", None, dtype, exclude, copy, allow_nonfinite=allow_nonfinite, threads=threads, memory=memory
+    )
+    with sweeping.planned(sources, grid, options) as planned:
+        result = _announced(planned, evaluates=write is None or bool(text), writes=write is not None)
+        if write is not None:
+            result["written"] = _write(
+                planned, write, as_json=json_output, fresh=fresh, break_lock=break_lock
+            )
+        if write is None or text:
+            documents = verbs.held_out_documents(text or (), sources[0])
+            kept = store or (sources[0] / sweeping.STORE_FILE)
+            with Store(kept) as opened:
+                done, known = sweeping.evaluate(
+                    planned, documents, opened, cloze=cloze, context_tokens=context, announce=note
+                )
+            rows = sweeping.rows(planned, done)
+            pictures = _draw(rows, kept.parent / "sweep")
+            result |= {"rows": rows, "from_store": known, "store": str(kept), "pictures": pictures}
+            if not json_output:
+                _show(result)
+    return result
+
+
+def _grid(last: str, every: str | None, at: str | None, scheme: str, *, allow_mixed_phases: bool) -> Grid:
+    return Grid(
+        lasts=tuple(_whole(part, "--last") for part in last.split(",")),
+        everys=tuple(parse_distance(part) for part in every.split(",")) if every else (None,),
+        ats=tuple(_whole(part, "--at") for part in at.split(",")) if at else (None,),
+        schemes=tuple(scheme.split(",")),
+        allow_mixed_phases=allow_mixed_phases,
+    )
+
+
+def _whole(text: str, flag: str) -> int:
+    if not text.strip().isdecimal():
+        raise UsageError(f"{flag} {text!r}: expected whole numbers separated by commas, such as 3,6,10")
+    return int(text)
+
+
+def _announced(planned: Sweep, *, evaluates: bool, writes: bool) -> dict[str, Any]:
+    """Say what the sweep will do, and return it."""
+    for path, reason in planned.left_out:
+        note(f"left out: {path}: {reason}")
+    for reason in planned.skipped:
+        note(f"skipped: {reason}")
+    result: dict[str, Any] = {"merges": len(planned.cells), "distinct": len({c.plan for c in planned.cells})}
+    result["skipped"] = list(planned.skipped)
+    for kind, asked in (("evaluation", evaluates), ("writing", writes)):
+        if asked:
+            in_memory = kind == "evaluation"
+            passes = engine.passes(planned.plans, in_memory=in_memory)
+            read = engine.bytes_to_read_by(planned.plans, in_memory=in_memory)
+            note(
+                f"{kind}: {len(planned.cells)} merges ({result['distinct']} distinct) in {len(passes)} "
+                f"pass{'es' if len(passes) > 1 else ''} over the checkpoints, reading {bytes_text(read)}"
+            )
+            result[f"{kind}_passes"], result[f"{kind}_bytes_to_read"] = len(passes), read
+    return result
+
+
+def _write(
+    planned: Sweep, folder: Path, *, as_json: bool, fresh: bool, break_lock: bool
+) -> list[dict[str, Any]]:
+    total = sum(planned.plans[place].bytes_to_write for place in {cell.plan for cell in planned.cells})
+    with transfer("writing", total, as_json=as_json) as show:
+        written = sweeping.write(planned, folder, fresh=fresh, break_lock=break_lock, progress=show)
+    if not as_json:
+        for path in sorted({path for _, path in written}):
+            say(str(path))
+    return [
+        {
+            "scheme": cell.scheme,
+            "last": cell.last,
+            "every": _or_dash(cell.every),
+            "at": cell.at,
+            "path": str(path),
+        }
+        for cell, path in written
+    ]
+
+
+def _draw(rows: list[dict[str, Any]], path: Path) -> list[str]:
+    from pma.reporting.sweep_charts import write_sweep_chart
+
+    try:
+        return [str(made) for made in write_sweep_chart(rows, path)]
+    except MissingExtra as missing:
+        note(f"no chart: {missing}")
+        return []
+
+
+def _show(result: dict[str, Any]) -> None:
+    rows = [
+        (
+            row["scheme"],
+            str(row["last"]),
+            row["every"],
+            str(row["at"]),
+            f"{row['loss']:.4f} ± {row['standard_error']:.4f}",
+            f"{row['gain']:+.4f} ± {row['gain_standard_error']:.4f}",
+            f"{row['bits_per_byte']:.4f}",
+        )
+        for row in result["rows"][:_SHOWN]
+    ]
+    table(("scheme", "N", "every", "at", "loss (nats a token)", "gain over raw", "bits per byte"), rows)
+    more = len(result["rows"]) - _SHOWN
+    if more > 0:
+        say(f"… and {more} more, see {result['store']}")
+    say(f"{result['from_store']} evaluations were known before; all are in {result['store']}")
+    for picture in result["pictures"]:
+        say(f"  {picture}")
+    say("The best of many looks better than it is: confirm it on other text before you rely on it.")
+
+
+def _or_dash(value: object) -> str:
+    return "-" if value is None else str(value)
