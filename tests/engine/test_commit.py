@@ -147,8 +147,12 @@ def test_a_source_that_shrinks_or_goes_is_an_error(tmp_path: Path, how: str) -> 
 def test_an_interrupt_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     paths = tiny_run(tmp_path / "run", steps=3, shapes=BIG)
 
+    pressed = []
+
     def interrupt(read: int, written: int) -> None:
-        signal.raise_signal(signal.SIGINT)  # the main thread gets it while it waits for the workers
+        if not pressed:
+            pressed.append(read)
+            signal.raise_signal(signal.SIGINT)  # the main thread gets it while it waits for the workers
 
     threads_before = threading.active_count()
     with plan(paths) as planned, pytest.raises(Interrupted):

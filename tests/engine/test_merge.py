@@ -7,6 +7,8 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from pma import averaging, engine, trajectory
-from pma.engine import MergeOptions, blocks, building, memory_budget, provenance
+from pma import averaging, engine, formats, trajectory
+from pma.engine import MergeOptions, blocks, building, compute, memory_budget, provenance, work
 from pma.errors import InputError, MismatchError, UsageError
+from pma.formats.safetensors import SafetensorsReader
 from pma.testing import Raw, random_raw, reference_average, tiny_llama_run, tiny_run
 from pma.testing.builders import write_safetensors, write_trainer_state
 from pma.testing.reference import read_all, same_bytes
@@ -93,7 +96,7 @@ def test_threads_and_block_size_do_not_matter(
         expected = reference_average(larger_run, weights(scheme, larger_run))
     else:
         expected = larger_expected[scheme]
-    for module in (blocks, building, provenance):
+    for module in (blocks, building, compute, provenance):
         monkeypatch.setattr(module, "CHUNK_BYTES", chunk_bytes)
     # tiles that are no divisor of the chunk, nor it of them
     monkeypatch.setattr(memory_budget, "LARGEST_TILE_BYTES", max(64, chunk_bytes * 3 // 8 // 64 * 64))
@@ -438,3 +441,55 @@ def test_a_merge_named_like_a_checkpoint_can_be_merged_again(tmp_path: Path) -> 
     first = merged(paths, tmp_path / "x" / "checkpoint-99")
     other = merged(paths[:1], tmp_path / "x2" / "checkpoint-avg")
     assert merged([first, other], tmp_path / "again").is_dir()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", "fp64"])
+@pytest.mark.parametrize("scheme", ["sma", "wma"])
+def test_the_compiled_loop_equals_the_general_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, scheme: str
+) -> None:
+    paths = tiny_run(
+        tmp_path / "run", steps=6, dtype=dtype, shapes={"w": (400_003,), "v": (7, 9)}, extra=EXTRA
+    )
+    direct = merged(paths, tmp_path / "direct", scheme=scheme)
+    assert same_bytes(reference_average(paths, weights(scheme, paths)), direct) == []
+    monkeypatch.setattr(SafetensorsReader, "descriptor", lambda self, file: None)
+    general = merged(paths, tmp_path / "general", scheme=scheme)
+    assert (direct / "model.safetensors").read_bytes() == (general / "model.safetensors").read_bytes()
+
+
+def test_where_the_compiled_loop_cannot_read_the_general_path_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own descriptor leads to an empty file: every direct read comes back short."""
+    paths = tiny_run(tmp_path / "run", steps=3)
+    asked = []
+
+    @contextmanager
+    def empty(self: SafetensorsReader, file: str) -> Iterator[int]:
+        asked.append(file)
+        with open("/dev/null", "rb") as nothing:
+            yield nothing.fileno()
+
+    monkeypatch.setattr(SafetensorsReader, "descriptor", empty)
+    out = merged(paths, tmp_path / "out")
+    assert asked
+    assert same_bytes(reference_average(paths, weights("sma", paths)), out) == []
+
+
+def test_pages_of_a_run_larger_than_memory_are_not_left_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten = []
+    advise = os.posix_fadvise
+    monkeypatch.setattr(os, "posix_fadvise", lambda *a: (forgotten.append(a), advise(*a))[1])
+    paths = tiny_run(tmp_path / "run", steps=3)
+    merged(paths, tmp_path / "small")
+    assert not forgotten
+    monkeypatch.setattr(work, "_physical_memory_bytes", lambda: 1000)
+    out = merged(paths, tmp_path / "large")
+    assert {advice for *_, advice in forgotten} == {os.POSIX_FADV_DONTNEED}
+    assert sum(length for _, _, length, _ in forgotten) >= sum(
+        spec.length_bytes for path in paths for spec in formats.open_checkpoint(path).tensors.values()
+    )
+    assert same_bytes(reference_average(paths, weights("sma", paths)), out) == []

@@ -17,6 +17,7 @@ from pma.engine.journal import JOURNAL_FILE, Journal
 from pma.engine.lease import LEASE_FILE, Lease
 from pma.engine.plan import Plan
 from pma.engine.staging import clear, make_staging_folder, publish, refuse_existing, sync_folder
+from pma.engine.stopping import StopFlag
 from pma.engine.stream import Digests, Output
 from pma.errors import UsageError
 from pma.formats.safetensors import SafetensorsWriter
@@ -156,9 +157,7 @@ def _size_bytes(path: Path) -> int:
 
 
 @contextmanager
-def kept_up(
-    buildings: Sequence[Building], stop: threading.Event, seconds: float = SAVE_SECONDS
-) -> Iterator[None]:
+def kept_up(buildings: Sequence[Building], stop: StopFlag, seconds: float = SAVE_SECONDS) -> Iterator[None]:
     """In the block, save every building now and then. Where that fails, `stop` is set and the error
     raised.
     """

@@ -18,6 +18,7 @@ from pma.engine import provenance
 from pma.engine.building import SAVE_SECONDS, Building, kept_up
 from pma.engine.plan import Plan
 from pma.engine.staging import leftover_bytes, refuse_existing
+from pma.engine.stopping import StopFlag
 from pma.engine.stream import Progress, stream
 from pma.engine.work import Work, work_of
 from pma.errors import (
@@ -185,7 +186,7 @@ def write_all(
         resumed = [building.bytes_done for building in buildings]
         if any(resumed):
             count.add(0, sum(resumed))
-        streaming, stop = time.monotonic(), threading.Event()
+        streaming, stop = time.monotonic(), StopFlag()
         with kept_up(buildings, stop, save_seconds):
             stream(work, [building.output for building in buildings], progress=count.add, stop=stop)
             streamed = time.monotonic()

@@ -7,15 +7,18 @@ accumulator in checkpoint order, divide once, cast once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pma.averaging import AT_ONCE
 from pma.averaging.accumulate import STORAGE, accumulator_dtype, add, finish
-from pma.engine.blocks import Block, Piece, Policy, Span
+from pma.averaging.kernels import ABSENT, FIRST, LATER, NOT_FINITE, READ_FAILED, STOPPED, read_and_average
+from pma.engine.blocks import CHUNK_BYTES, Block, Piece, Policy, Span
 from pma.engine.segments import Segments
+from pma.engine.stopping import StopFlag
 from pma.engine.work import Recipe
 from pma.errors import InputError, Interrupted, NonfiniteError, printable
 from pma.formats.contracts import CheckpointReader, ReadRequest, range_requests
@@ -23,12 +26,8 @@ from pma.types import DType, TensorSpec
 
 Buffer = NDArray[Any]
 
-
-class Stop(Protocol):
-    """Tells whether the work was called off, such as a `threading.Event`."""
-
-    def is_set(self) -> bool:
-        """True once it was."""
+# what is read and added at once in the compiled loop; measured, see benchmarks/README.md
+DIRECT_TILE_BYTES = 2**18
 
 
 class BlockWorker:
@@ -41,15 +40,15 @@ class BlockWorker:
         *,
         tile_bytes: int,
         allow_nonfinite: bool = False,
-        stop: Stop | None = None,
+        stop: StopFlag | None = None,
     ) -> None:
         self._readers, self._recipes = readers, recipes
         self._tile_bytes = tile_bytes
         self._allow_nonfinite = allow_nonfinite
-        self._stop = stop
+        self._stop = stop or StopFlag()
         self._rows = np.empty((AT_ONCE, tile_bytes), np.uint8)
-        self._sums = [np.empty(2 * tile_bytes, np.uint8) for _ in recipes]
-        self._outs: list[Buffer] = [np.empty(0, np.uint8) for _ in recipes]
+        self._sums = np.empty((len(recipes), 2 * tile_bytes), np.uint8)
+        self._outs = np.empty((len(recipes), CHUNK_BYTES), np.uint8)
         self.bytes_read = 0
 
     def make(self, block: Block, wanted: Sequence[int] | None = None) -> list[tuple[int, memoryview]]:
@@ -59,13 +58,12 @@ class BlockWorker:
         """
         wanted = range(len(self._recipes)) if wanted is None else wanted
         for k in wanted:
-            if len(self._outs[k]) < block.length_bytes:
-                self._outs[k] = np.empty(block.length_bytes, np.uint8)
             for offset, data in block.constants:
                 self._outs[k][offset : offset + len(data)] = np.frombuffer(data, np.uint8)
         for span in block.spans:
             if span.policy is Policy.AVERAGE:
-                self._average(span, wanted)
+                if not self._average_directly(span, wanted):
+                    self._average(span, wanted)
             else:
                 for k in wanted:
                     self._copy(span, self._readers[self._recipes[k].newest], self._outs[k])
@@ -97,6 +95,58 @@ class BlockWorker:
         if found is not None:
             raise _nonfinite(piece.tensor, newest, *found)
 
+    def _average_directly(self, span: Span, wanted: Sequence[int]) -> bool:
+        """The same as `_average` in one compiled loop; False where that cannot do it, or failed to read."""
+        if DType.F16 in (span.dtype_in, span.dtype_out):
+            return False
+        needed = sorted({number for k in wanted for number, _ in self._recipes[k].members})
+        width, storage, wide = (
+            span.dtype_in.bits // 8,
+            STORAGE[span.dtype_in],
+            accumulator_dtype(span.dtype_in),
+        )
+        with ExitStack() as opened:
+            places = self._places(span, [self._readers[number] for number in needed], opened)
+            if places is None:
+                return False
+            members_KN, weights_KN = _members([self._recipes[k] for k in wanted], needed, wide)
+            per_element = 2 if span.dtype_in is DType.C64 else 1
+            outcome = read_and_average(
+                np.array([descriptor for descriptor, _ in places], np.int32),
+                np.array([offset for _, offset in places], np.int64),
+                members_KN,
+                weights_KN,
+                np.array([self._recipes[k].divisor or 1 for k in wanted], wide),
+                self._rows[0][:DIRECT_TILE_BYTES].view(storage),
+                self._sums.view(wide),
+                self._outs.view(STORAGE[span.dtype_out]),
+                np.array(wanted, np.int64),
+                span.block_offset * 8 // span.dtype_out.bits * per_element,
+                span.element_count * per_element,
+                self._stop.memory,
+            )
+        if outcome == STOPPED:
+            raise Interrupted("stopped")
+        if outcome == NOT_FINITE and not self._allow_nonfinite:
+            return False  # slowly, and it will say where
+        self.bytes_read += span.element_count * width * len(needed) if outcome != READ_FAILED else 0
+        return bool(outcome != READ_FAILED)
+
+    def _places(
+        self, span: Span, readers: Sequence[CheckpointReader], opened: ExitStack
+    ) -> list[tuple[int, int]] | None:
+        """Descriptor and byte offset of the span in each source, if it lies in one piece of a local file in
+        all.
+        """
+        segments, places = Segments(span), []
+        for reader in readers:
+            place = segments.whole(reader)
+            descriptor = reader.descriptor(place[0]) if place is not None else None
+            if place is None or descriptor is None:
+                return None
+            places.append((opened.enter_context(descriptor), place[1]))
+        return places
+
     def _average(self, span: Span, wanted: Sequence[int]) -> None:
         width = span.dtype_in.bits // 8
         tile_elements = self._tile_bytes // width
@@ -111,7 +161,7 @@ class BlockWorker:
             begun: set[int] = set()
             for numbers in self._groups(wanted):
                 for row, number in zip(self._rows, numbers, strict=False):
-                    if self._stop is not None and self._stop.is_set():
+                    if self._stop.is_set():
                         raise Interrupted("stopped")
                     reader = self._readers[number]
                     reader.read_many(segments.requests(reader, start * width, stop * width, _view(row)))
@@ -153,6 +203,20 @@ class BlockWorker:
             f"{names}: the values are finite, but a sum overflows or a mean is too large for "
             f"{span.dtype_out.value[0]}; choose a wider --dtype, or keep infinity with --allow-nonfinite"
         )
+
+
+def _members(
+    recipes: Sequence[Recipe], needed: Sequence[int], wide: type[np.floating[Any]]
+) -> tuple[Buffer, Buffer]:
+    """For each merge and each needed reader: whether it is a member, and its weight."""
+    members_KN = np.full((len(recipes), len(needed)), ABSENT, np.uint8)
+    weights_KN = np.zeros((len(recipes), len(needed)), wide)
+    column = {number: n for n, number in enumerate(needed)}
+    for k, recipe in enumerate(recipes):
+        for position, (number, weight) in enumerate(recipe.members):
+            members_KN[k, column[number]] = LATER if position else FIRST
+            weights_KN[k, column[number]] = weight
+    return members_KN, weights_KN
 
 
 def _first_nonfinite(reader: CheckpointReader, piece: Piece) -> tuple[int, float] | None:

@@ -34,14 +34,16 @@ class Segments:
         self._span = span
         self._known: dict[str, tuple[list[int], list[_Segment]]] = {}
 
+    def whole(self, reader: CheckpointReader) -> tuple[str, int] | None:
+        """File and byte offset of the span in a source, if it lies there in one piece."""
+        _, segments = self._of(reader)
+        return (segments[0].file, segments[0].offset_bytes) if len(segments) == 1 else None
+
     def requests(
         self, reader: CheckpointReader, start: int, stop: int, into: memoryview
     ) -> list[ReadRequest]:
         """Requests that fill `into` with bytes `start` to `stop` of the span."""
-        if reader.layout_digest not in self._known:
-            found = _joined(sorted(self._runs(reader), key=lambda segment: segment.span_start))
-            self._known[reader.layout_digest] = [segment.span_start for segment in found], found
-        starts, segments = self._known[reader.layout_digest]
+        starts, segments = self._of(reader)
         requests = []
         for segment in segments[bisect_right(starts, start) - 1 :]:
             if segment.span_start >= stop:
@@ -52,6 +54,12 @@ class Segments:
             part = into[low - start : high - start]
             requests.append(ReadRequest(file=segment.file, offset_bytes=offset, into=part))
         return requests
+
+    def _of(self, reader: CheckpointReader) -> tuple[list[int], list[_Segment]]:
+        if reader.layout_digest not in self._known:
+            found = _joined(sorted(self._runs(reader), key=lambda segment: segment.span_start))
+            self._known[reader.layout_digest] = [segment.span_start for segment in found], found
+        return self._known[reader.layout_digest]
 
     def _runs(self, reader: CheckpointReader) -> Iterator[_Segment]:
         width = self._span.dtype_in.bits // 8

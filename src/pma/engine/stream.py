@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from blake3 import blake3
 
 from pma.engine.blocks import Block
+from pma.engine.stopping import StopFlag
 from pma.engine.work import Work
 from pma.errors import Interrupted
 from pma.formats.contracts import PartWriter
@@ -34,7 +35,7 @@ def stream(
     *,
     numbers: Iterable[int] | None = None,
     progress: Progress | None = None,
-    stop: threading.Event | None = None,
+    stop: StopFlag | None = None,
 ) -> None:
     """Make the blocks `numbers` (all by default) that are not done; the result does not depend on threads or
     order.
@@ -43,7 +44,7 @@ def stream(
     Interrupted.
     """
     queue = iter(range(len(work.blocks)) if numbers is None else numbers)
-    stop = stop or threading.Event()
+    stop = stop or StopFlag()
     task = _Task(work, outputs, queue, stop, progress)
     with ThreadPoolExecutor(work.threads) as pool:
         workers = [pool.submit(task.run) for _ in range(work.threads)]
@@ -69,7 +70,7 @@ class _Task:
         work: Work,
         outputs: Sequence[Output],
         queue: Iterator[int],
-        stop: threading.Event,
+        stop: StopFlag,
         progress: Progress | None,
     ) -> None:
         self._work, self._outputs, self._queue = work, outputs, queue

@@ -7,6 +7,7 @@ suites in `pma.testing` hold each of them to what is written here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -57,6 +58,11 @@ class CheckpointReader(Protocol):
     def read_many(self, requests: Sequence[ReadRequest]) -> None:
         """Fill every buffer, coalescing neighbours. Raises IncompleteError where a file is shorter than it
         was.
+        """
+
+    def descriptor(self, file: str) -> AbstractContextManager[int] | None:
+        """A local file of the checkpoint, open for reading by position in the block; None where there is
+        none.
         """
 
     def identities(self) -> tuple[FileIdentity, ...]:

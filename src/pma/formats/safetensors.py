@@ -8,6 +8,7 @@ import errno
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,10 @@ class SafetensorsReader:
                 if self.forget_after_reading:
                     length = sum(len(buffer) for buffer in buffers)
                     os.posix_fadvise(descriptor, offset_bytes, length, os.POSIX_FADV_DONTNEED)
+
+    def descriptor(self, file: str) -> AbstractContextManager[int] | None:
+        # what is to be forgotten after reading goes through `read_many`, which does that
+        return None if self.forget_after_reading else self._files.use(file)
 
     def identities(self) -> tuple[FileIdentity, ...]:
         found = []
