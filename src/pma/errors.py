@@ -74,7 +74,7 @@ class Interrupted(PmaError):
 
 def printable(text: str, limit: int = 200) -> str:
     """`text` from an untrusted file, made safe to print: control characters escaped, length capped."""
-    shown = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[:limit]
-    )
+    shown = text[:limit]
+    if not shown.isprintable():
+        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in shown)
     return shown + "…" if len(text) > limit else shown

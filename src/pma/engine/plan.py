@@ -169,7 +169,8 @@ def plan(
         everything = {name: spec for reader in readers for name, spec in reader.tensors.items()}
         _check_patterns(everything, options)
         excluded = tuple(n for n in everything if any(fnmatchcase(n, p) for p in options.exclude))
-        tensors = {name: spec for name, spec in newest.tensors.items() if name not in excluded}
+        unwanted = set(excluded)
+        tensors = {name: spec for name, spec in newest.tensors.items() if name not in unwanted}
         _check_same(readers, tensors, excluded)
         policies = {name: _policy(spec, options.copy, newest.path) for name, spec in tensors.items()}
         outputs = {name: _output_spec(spec, policies[name], options.dtype) for name, spec in tensors.items()}

@@ -53,7 +53,8 @@ class SafetensorsReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._folder = path if path.is_dir() else path.parent
-        self._headers = {name: read_header(self._folder / name) for name in _shard_names(path)}
+        names, weight_map = _shard_names(path)
+        self._headers = {name: read_header(self._folder / name) for name in names}
         beside = sorted(found.name for found in path.glob("*.safetensors")) if path.is_dir() else []
         self.ignored_files = tuple(name for name in beside if name not in self._headers)
         self._file_of: dict[str, str] = {}
@@ -64,8 +65,8 @@ class SafetensorsReader:
                         f"{path}: {printable(name)} is in both {self._file_of[name]} and {file}"
                     )
                 self._file_of[name] = file
-        if path.is_dir():
-            _check_index(path, self._file_of)
+        if weight_map is not None:
+            _check_index(path, weight_map, self._file_of)
         self._files = OpenFiles(self._folder)
         digests = [f"{name} {header.digest} {header.file_bytes}" for name, header in self._headers.items()]
         self.layout_digest = blake3("\n".join(digests).encode("utf-8", "surrogateescape")).hexdigest()
@@ -122,31 +123,34 @@ class SafetensorsReader:
         self._files.close()
 
 
-def _shard_names(path: Path) -> list[str]:
-    """The files of a checkpoint, in order of name. Raises FormatError where it is not clear which they
-    are.
+def _shard_names(path: Path) -> tuple[list[str], dict[str, str] | None]:
+    """The files of a checkpoint, in order of name, and the index's file of each tensor, where there is an
+    index.
+
+    Raises FormatError where it is not clear which files they are.
     """
     if not path.is_dir():
-        return [path.name]
+        return [path.name], None
     single, index = (path / SINGLE_FILE).is_file(), (path / INDEX_FILE).is_file()
     if single and index:
         raise FormatError(
             f"{path} holds both {SINGLE_FILE} and {INDEX_FILE}; which is the model? Remove the stale one"
         )
     if index:
-        indexed = set(_weight_map(path).values())
+        weight_map = _weight_map(path)
+        indexed = set(weight_map.values())
         for found in sorted(path.glob("*-of-*.safetensors")):
             if found.name not in indexed:
                 raise FormatError(
                     f"{path}: {printable(found.name)} looks like a shard, but {INDEX_FILE} does not name it; "
                     "remove it, or repair the index"
                 )
-        return sorted(indexed)
+        return sorted(indexed), weight_map
     if single:
-        return [SINGLE_FILE]
+        return [SINGLE_FILE], None
     names = sorted(found.name for found in path.glob("*.safetensors"))
     if len(names) == 1:
-        return names
+        return names, None
     if not names:
         raise FormatError(f"{path} holds no safetensors file")
     raise IncompleteError(
@@ -167,10 +171,9 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return {name: str(shard) for name, shard in weight_map.items()}
 
 
-def _check_index(folder: Path, file_of: Mapping[str, str]) -> None:
-    if not (folder / INDEX_FILE).is_file():
+def _check_index(folder: Path, indexed: Mapping[str, str], file_of: Mapping[str, str]) -> None:
+    if indexed == file_of:
         return
-    indexed = _weight_map(folder)
     for name in indexed.keys() | file_of.keys():
         if indexed.get(name) != file_of.get(name):
             raise FormatError(
@@ -185,9 +188,11 @@ def plan_layout(tensors: Mapping[str, TensorSpec], shards: Mapping[str, str]) ->
     Descending element size keeps every element aligned to its size, so that blocks cut at multiples of 8
     bytes never split one; the order is otherwise the one given.
     """
+    specs_by_file: dict[str, list[TensorSpec]] = {}
+    for name, spec in tensors.items():
+        specs_by_file.setdefault(shards[name], []).append(spec)
     files = []
-    for file in dict.fromkeys(shards[name] for name in tensors):
-        inside = [spec for name, spec in tensors.items() if shards[name] == file]
+    for file, inside in specs_by_file.items():
         inside.sort(key=lambda spec: -min(spec.dtype.bits, 64))
         header = encode_header(inside, {"format": "pt"})
         fragments, offset = [], len(header)

@@ -139,7 +139,7 @@ def _entry(path: Path, name: str, entry: object) -> tuple[TensorSpec, int, int]:
 
 def _encodable(name: str) -> bool:
     # JSON can spell half of a surrogate pair, which no file can then hold
-    return not any("\ud800" <= character <= "\udfff" for character in name)
+    return name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _naturals(value: object) -> bool:
