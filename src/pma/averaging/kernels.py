@@ -20,6 +20,8 @@ DONE, NOT_FINITE, READ_FAILED, STOPPED = 0, 1, 2, 3
 #: values of a member: not in the merge, its first, one of the others
 ABSENT, FIRST, LATER = 0, 1, 2
 _QUIET_NAN = 0x7FC0
+_WRONG = 0x80000000
+_FOUR = 4
 
 _pread: Any = types.ExternalFunction(
     "pread", types.int64(types.int32, types.voidptr, types.uint64, types.int64)
@@ -47,7 +49,9 @@ def _widened_compiled(bits: Any) -> Any:
 
 
 def _store(out: Any, i: int, value: Any) -> Any:
-    """Put `value` into `out[i]` as its type wants it; 1 where that is not finite, else 0."""
+    """Put `value` into `out[i]` as its type wants it; bit `_WRONG` of the answer tells that it is not
+    finite.
+    """
     raise NotImplementedError("compiled only")
 
 
@@ -59,7 +63,8 @@ def _store_compiled(out: Any, i: Any, value: Any) -> Any:
             bits = _fp32_bits(value)
             rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
             out[i] = np.uint16(rounded) if value == value else np.uint16(_QUIET_NAN)
-            return np.uint32((rounded & np.uint32(0x7F80)) == np.uint32(0x7F80))
+            # from half a step above the largest bfloat16 on, this carries into the topmost bit
+            return (bits & np.uint32(0x7FFFFFFF)) + np.uint32(0x00808000)
 
     elif out.dtype == types.uint32:
 
@@ -71,7 +76,7 @@ def _store_compiled(out: Any, i: Any, value: Any) -> Any:
 
         def store(out: Any, i: Any, value: Any) -> Any:
             out[i] = value
-            return np.uint32(not np.isfinite(out[i]))
+            return np.uint32(0 if np.isfinite(out[i]) else _WRONG)
 
     return store
 
@@ -126,12 +131,26 @@ def add_four(
 
 
 @_compiled
+def add_some(accumulator: Any, rows: Any, several: int, members: Any, weights: Any) -> None:
+    """Those of the first `several` rows that are members, in order; four members together."""
+    size = len(accumulator)
+    if several == _FOUR and np.all(members[:_FOUR] != ABSENT):
+        a, b, c, d = rows[0][:size], rows[1][:size], rows[2][:size], rows[3][:size]
+        w_a, w_b, w_c, w_d = weights[0], weights[1], weights[2], weights[3]
+        add_four(accumulator, a, b, c, d, w_a, w_b, w_c, w_d, members[0] == FIRST)
+        return
+    for r in range(several):
+        if members[r] != ABSENT:
+            add_one(accumulator, rows[r][:size], weights[r], members[r] == FIRST)
+
+
+@_compiled
 def divide_and_cast(accumulator: Any, out: Any, divisor: Any) -> Any:
     """Out = accumulator / divisor as `out` stores it; whether all of it is finite."""
-    wrong = np.uint32(0)  # not a boolean, whose loop would stay scalar
+    found = np.uint32(0)  # not a boolean, whose loop would stay scalar
     for i in range(len(out)):
-        wrong |= _store(out, i, accumulator[i] / divisor)
-    return wrong == 0
+        found |= _store(out, i, accumulator[i] / divisor)
+    return (found & np.uint32(_WRONG)) == 0
 
 
 @_compiled
@@ -141,7 +160,7 @@ def read_and_average(
     members_KN: Any,
     weights_KN: Any,
     divisors_K: Any,
-    row_B: Any,
+    rows: Any,
     sums_KB: Any,
     outs: Any,
     places_K: Any,
@@ -151,23 +170,27 @@ def read_and_average(
 ) -> int:
     """Elements `start` … `start + count` of the merges `places_K` of `outs`, tile by tile.
 
-    Each source lies in one piece, from its byte offset in an open file, and is read once. Small tiles stay in
-    the processor's own cache, and no interpreter runs between them: hence faster than reading from Python.
+    Each source lies in one piece, from its byte offset in an open file, and is read once, by requests of one
+    row of `rows`. No interpreter runs in between: hence faster than reading from Python.
     """
-    width, tile = row_B.itemsize, len(row_B)
+    width, at_once, tile = rows.itemsize, rows.shape[0], rows.shape[1]
     outcome = DONE
     for low in range(0, count, tile):
         size = min(tile, count - low)
-        for n in range(len(descriptors_N)):
-            if stop[0]:
-                return STOPPED
-            wanted = size * width
-            offset = offsets_N[n] + low * width
-            if _pread(descriptors_N[n], row_B.ctypes, np.uint64(wanted), np.int64(offset)) != wanted:
-                return READ_FAILED  # the caller reads again and finds out why
+        for n in range(0, len(descriptors_N), at_once):
+            several = min(at_once, len(descriptors_N) - n)
+            for r in range(several):
+                if stop[0]:
+                    return STOPPED
+                wanted = size * width
+                offset = offsets_N[n + r] + low * width
+                if (
+                    _pread(descriptors_N[n + r], rows[r].ctypes, np.uint64(wanted), np.int64(offset))
+                    != wanted
+                ):
+                    return READ_FAILED  # the caller reads again and finds out why
             for k in range(len(places_K)):
-                if members_KN[k, n] != ABSENT:
-                    add_one(sums_KB[k][:size], row_B[:size], weights_KN[k, n], members_KN[k, n] == FIRST)
+                add_some(sums_KB[k][:size], rows, several, members_KN[k][n:], weights_KN[k][n:])
         for k in range(len(places_K)):
             out = outs[places_K[k]][start + low : start + low + size]
             if not divide_and_cast(sums_KB[k][:size], out, divisors_K[k]):

@@ -110,6 +110,11 @@ class Blocks(Sequence[Block]):
         inside = [f for f in fragments[first:last] if f.offset_bytes + f.length_bytes > start]
         return _block(file, start, stop, inside, self._layout.tensors, self._sources, self._policies)
 
+    def averaged_types(self) -> set[tuple[DType, DType]]:
+        """Types in the sources and in the output, of what is averaged."""
+        averaged = [name for name, policy in self._policies.items() if policy is Policy.AVERAGE]
+        return {(self._sources[name].dtype, self._layout.tensors[name].dtype) for name in averaged}
+
     def _by_offset(self, file: OutputFile) -> tuple[list[Fragment], list[int]]:
         if file.name not in self._sorted:
             fragments = sorted((f for f in file.fragments if f.length_bytes), key=lambda f: f.offset_bytes)

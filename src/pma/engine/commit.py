@@ -176,8 +176,9 @@ def write_all(
     """As `write`, for several merges that share their reads: `work` has a recipe for each of `targets`."""
     warnings = [check_output(plan, out, inside_run=inside_run) for plan, out in targets]
     count, started = _Count(progress), time.monotonic()
-    import pma.engine.compute  # noqa: F401  # takes a while: a signal amid it may abort the process
+    from pma.engine.compute import load_kernels  # takes a while: a signal amid it may abort the process
 
+    load_kernels(work.blocks.averaged_types())
     with ExitStack() as stack:
         buildings = [
             stack.enter_context(_built(Building(plan, out, fresh=fresh, break_lock=break_lock)))

@@ -6,7 +6,7 @@ accumulator in checkpoint order, divide once, cast once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -25,9 +25,6 @@ from pma.formats.contracts import CheckpointReader, ReadRequest, range_requests
 from pma.types import DType, TensorSpec
 
 Buffer = NDArray[Any]
-
-# what is read and added at once in the compiled loop; measured, see benchmarks/README.md
-DIRECT_TILE_BYTES = 2**18
 
 
 class BlockWorker:
@@ -117,7 +114,7 @@ class BlockWorker:
                 members_KN,
                 weights_KN,
                 np.array([self._recipes[k].divisor or 1 for k in wanted], wide),
-                self._rows[0][:DIRECT_TILE_BYTES].view(storage),
+                self._rows.view(storage),
                 self._sums.view(wide),
                 self._outs.view(STORAGE[span.dtype_out]),
                 np.array(wanted, np.int64),
@@ -203,6 +200,30 @@ class BlockWorker:
             f"{names}: the values are finite, but a sum overflows or a mean is too large for "
             f"{span.dtype_out.value[0]}; choose a wider --dtype, or keep infinity with --allow-nonfinite"
         )
+
+
+def load_kernels(types: Iterable[tuple[DType, DType]]) -> None:
+    """Compile, or load from the compiler's cache, the loop for each pair of types; else the first block
+    would.
+    """
+    none = np.empty(0, np.int64)
+    for dtype_in, dtype_out in types:
+        if DType.F16 not in (dtype_in, dtype_out):
+            wide = accumulator_dtype(dtype_in)
+            read_and_average(
+                none.astype(np.int32),
+                none,
+                np.empty((0, 0), np.uint8),
+                np.empty((0, 0), wide),
+                none.astype(wide),
+                np.empty((AT_ONCE, 8), STORAGE[dtype_in]),
+                np.empty((0, 8), wide),
+                np.empty((0, 8), STORAGE[dtype_out]),
+                none,
+                0,
+                0,
+                StopFlag().memory,
+            )
 
 
 def _members(

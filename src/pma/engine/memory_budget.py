@@ -14,6 +14,7 @@ LARGEST_TILE_BYTES = 2**20
 _SMALLEST_TILE_BYTES = 2**16
 # interpreter, numpy and the compiler behind the arithmetic; measured, see benchmarks/README.md
 _BASE_MEMORY_BYTES = 190 * 2**20
+_NAME_BYTES = 256
 
 
 def worker_bytes(tile_bytes: int, merges: int) -> int:
@@ -51,6 +52,8 @@ def merges_within(memory_bytes: int, threads: int, result_bytes: int = 0) -> int
     return max(1, room // each)
 
 
-def peak_memory_bytes(tile_bytes: int, threads: int, merges: int) -> int:
-    """What the process will take at most."""
-    return _BASE_MEMORY_BYTES + threads * worker_bytes(tile_bytes, merges)
+def peak_memory_bytes(tile_bytes: int, threads: int, merges: int, names: int) -> int:
+    """What the process will take at most. `names`: tensors of all sources together, which readers index by
+    name.
+    """
+    return _BASE_MEMORY_BYTES + names * _NAME_BYTES + threads * worker_bytes(tile_bytes, merges)

@@ -96,9 +96,9 @@ class Plan:
 
     @property
     def peak_memory_bytes(self) -> int:
-        return peak_memory_bytes(
-            self.tile_bytes, min(self.options.threads, max(len(self.blocks), 1)), merges=1
-        )
+        workers = min(self.options.threads, max(len(self.blocks), 1))
+        names = sum(len(reader.tensors) for reader in self.readers)
+        return peak_memory_bytes(self.tile_bytes, workers, merges=1, names=names)
 
     def partition(self, parts: int) -> list[range]:
         """The numbers of the blocks in `parts` runs of about equal bytes; several processes can each stream
