@@ -188,7 +188,7 @@ def write_all(
         if any(resumed):
             count.add(0, sum(resumed))
         streaming, stop = time.monotonic(), StopFlag()
-        with kept_up(buildings, stop, save_seconds):
+        with _interruptible(), kept_up(buildings, stop, save_seconds):
             stream(work, [building.output for building in buildings], progress=count.add, stop=stop)
             streamed = time.monotonic()
         for building in buildings:
@@ -227,6 +227,15 @@ class _Count:
             self.written += written
             if self._progress is not None:
                 self._progress(self.read, self.written)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """An interrupt is an error like others, wherever in the block it arrives."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted while merging") from None
 
 
 @contextmanager

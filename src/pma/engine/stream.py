@@ -46,14 +46,14 @@ def stream(
     queue = iter(range(len(work.blocks)) if numbers is None else numbers)
     stop = stop or StopFlag()
     task = _Task(work, outputs, queue, stop, progress)
-    with ThreadPoolExecutor(work.threads) as pool:
-        workers = [pool.submit(task.run) for _ in range(work.threads)]
-        try:
-            _wait(workers)
-        except KeyboardInterrupt:
-            raise Interrupted("interrupted while merging") from None
-        finally:
-            stop.set()
+    try:
+        with ThreadPoolExecutor(work.threads) as pool:
+            try:
+                _wait([pool.submit(task.run) for _ in range(work.threads)])
+            finally:
+                stop.set()
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted while merging") from None
 
 
 def _wait(workers: Sequence[Future[None]]) -> None:
