@@ -159,8 +159,9 @@ def _write(
 def _draw(rows: list[dict[str, Any]], path: Path) -> list[str]:
     from pma.reporting.sweep_charts import write_sweep_chart
 
+    drawn = [{**row, "standard_error": row["gain_standard_error"]} for row in rows]
     try:
-        return [str(made) for made in write_sweep_chart(rows, path)]
+        return [str(made) for made in write_sweep_chart(drawn, path)]
     except MissingExtra as missing:
         note(f"no chart: {missing}")
         return []

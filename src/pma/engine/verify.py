@@ -6,17 +6,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
+from pma import formats
 from pma.engine import provenance
 from pma.engine.blocks import Block
 from pma.engine.plan import MergeOptions, Plan, plan
 from pma.engine.work import work_of
-from pma.errors import FormatError, InputError, printable
+from pma.errors import FormatError, InputError, PmaError, printable
 from pma.formats.files import open_for_reading, read_exactly
 from pma.trajectory import from_checkpoints
 from pma.types import DType
@@ -83,8 +85,26 @@ def _rehash(out: Path, outputs: Sequence[dict[str, Any]]) -> tuple[list[str], in
             hashed += 1
             if blake3(data).hexdigest() != chunks[number]:
                 start = number * chunk_bytes
-                findings.append(f"{path}: bytes {start} to {start + len(data)} are not what was written")
+                where = f"block {number}, bytes {start} to {start + len(data)}"
+                names = _tensors_at(out, path.name, start, start + len(data))
+                findings.append(f"{path}: {where}{names}: not what was written")
     return findings, hashed
+
+
+def _tensors_at(out: Path, file: str, start: int, stop: int) -> str:
+    """The tensors that lie in some bytes of an output, as words; none where its header is what is damaged."""
+    try:
+        with closing(formats.open_checkpoint(out)) as reader:
+            places = ((name, fragment) for name in reader.tensors for fragment in reader.fragments(name))
+            inside = [
+                printable(name)
+                for name, f in places
+                if f.file == file and f.offset_bytes < stop and f.offset_bytes + f.length_bytes > start
+            ]
+    except PmaError:
+        return ""
+    more = f" and {len(inside) - 3} more" if len(inside) > 3 else ""
+    return f", with {', '.join(inside[:3])}{more}" if inside else ""
 
 
 def _changed_small_files(out: Path, small_files: Sequence[dict[str, Any]]) -> list[str]:

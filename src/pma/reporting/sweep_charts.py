@@ -24,8 +24,8 @@ _CELL_WIDTH, _CELL_HEIGHT = 62, 32
 _PANEL_WIDTH = 130
 _NORMAL_95 = 1.96
 _HOW_TO_READ = (
-    "Losses are held-out, in nats a token. Bars are ± 1.96 standard errors of each loss by itself. Merges "
-    "evaluated on the same text share most of that error: differences between them are surer than the bars."
+    "Losses are held-out, in nats a token. Bars are 95% intervals of each merge's gain over the last raw "
+    "checkpoint, paired by document. The best of many looks better than it is: confirm it on other text."
 )
 
 
@@ -33,9 +33,9 @@ def sweep_chart(rows: Sequence[Mapping[str, Any]]) -> Any:
     """A heat map of N by V for each scheme, where either varies, above loss against N for each V.
 
     A row is a merge: scheme, last (N), every (V as text, "-" for all checkpoints), every_order (to sort V
-    by), at (the step it ends at), loss and standard_error (nats a token), gain (loss of the last raw
-    checkpoint minus loss, or None). Merges that end at different steps are drawn in panels of their own, with
-    scales of their own. Raises InputError where no row has a finite loss.
+    by), at (the step it ends at), loss (nats a token), gain (loss of the last raw checkpoint minus loss, or
+    None) and standard_error (of the gain). Merges that end at different steps are drawn in panels of their
+    own, with scales of their own. Raises InputError where no row has a finite loss.
     """
     alt = require_altair()
     shown = _shown(rows)
@@ -51,7 +51,7 @@ def sweep_chart(rows: Sequence[Mapping[str, Any]]) -> Any:
             alt.vconcat(*maps, title=f"{what}, nats a token{step}").resolve_scale(color="independent")
         )
     curves = [_curves(alt, group, schemes, named=not step) for group in groups]
-    parts.append(alt.vconcat(*curves, title=f"Loss with 95% interval{step}"))
+    parts.append(alt.vconcat(*curves, title=f"Loss, with the 95% interval of the gain{step}"))
     chart = alt.vconcat(*parts, spacing=40).resolve_scale(color="independent", shape="independent")
     return finished(chart).configure_title(anchor="start", fontSize=14, fontWeight="normal")
 
