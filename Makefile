@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= demo
 
-.PHONY: help demo demo-moe test check bench clean
+.PHONY: help demo demo-moe test torture check bench clean
 
 help:
 	@echo "make demo    the whole story: pre-train, merge, anneal, evaluate, report (about two minutes on two cores)"
 	@echo "make test    all tests (under five minutes on two cores)"
+	@echo "make torture a thousand kills, and power lost at every moment"
 	@echo "make check   lint, format, types, import contract, README commands"
 	@echo "make bench   merge speed beside plain reads and writes, a torch loop, and mergekit (15 GB of disk)"
 
@@ -27,6 +28,10 @@ demo-moe: .venv/.installed
 # one torch thread: tiny models gain nothing from more, and spinning threads on a busy machine cost minutes
 test: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+# what the tests in tests/torture do, ten times as much of it
+torture: .venv/.installed
+	PMA_TORTURE=10 OMP_NUM_THREADS=1 $(BIN)/pytest tests/torture -s
 
 check: .venv/.installed
 	$(BIN)/ruff check

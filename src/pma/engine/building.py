@@ -35,8 +35,12 @@ class Building:
     def __init__(self, plan: Plan, out: Path, *, fresh: bool = False, break_lock: bool = False) -> None:
         self.plan, self.out = plan, out
         self.folder, self._lease = _leased(out, break_lock=break_lock)
-        sync_folder(self.folder)  # first of all the lease: it tells whose the rest is
-        self._journal = Journal(self.folder)
+        try:
+            sync_folder(self.folder)  # first of all the lease: it tells whose the rest is
+            self._journal = Journal(self.folder)
+        except BaseException:
+            self._lease.release()
+            raise
         self._writer = SafetensorsWriter(self.folder)
         self._part = self._writer.open_part()
         try:
@@ -118,6 +122,8 @@ class Building:
     def discard(self) -> None:
         """Remove everything, unless it is another's by now: no later attempt could use it."""
         if self.is_ours:
+            clear(self.folder, but=(LEASE_FILE,))
+            sync_folder(self.folder)  # the lease last: without it nobody could tell whose the rest is
             clear(self.folder, but=())
             self.folder.rmdir()
 

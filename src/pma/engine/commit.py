@@ -30,6 +30,7 @@ from pma.errors import (
     StorageError,
     UsageError,
 )
+from pma.formats.files import NO_ROOM
 from pma.formats.hf_trainer import STATE_FILE
 from pma.quantities import bytes_text
 
@@ -181,7 +182,7 @@ def write_all(
     load_kernels(work.blocks.averaged_types())
     with ExitStack() as stack:
         buildings = [
-            stack.enter_context(_built(Building(plan, out, fresh=fresh, break_lock=break_lock)))
+            stack.enter_context(_built(_begun(plan, out, fresh=fresh, break_lock=break_lock)))
             for plan, out in targets
         ]
         resumed = [building.bytes_done for building in buildings]
@@ -229,6 +230,26 @@ class _Count:
                 self._progress(self.read, self.written)
 
 
+def _begun(plan: Plan, out: Path, *, fresh: bool, break_lock: bool) -> Building:
+    with _errors_of_ours(out):
+        return Building(plan, out, fresh=fresh, break_lock=break_lock)
+
+
+@contextmanager
+def _errors_of_ours(out: Path) -> Iterator[None]:
+    """Whatever fails in the block, be it a sync or a journal without room, is one of the errors that we
+    promise.
+    """
+    try:
+        yield
+    except OSError as error:
+        kind = SpaceError if error.errno in NO_ROOM else StorageError
+        where = error.filename if isinstance(error.filename, str) else out
+        raise kind(f"{where}: writing failed: {error.strerror or error}") from error
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted while merging") from None
+
+
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """An interrupt is an error like others, wherever in the block it arrives."""
@@ -242,7 +263,8 @@ def _interruptible() -> Iterator[None]:
 def _built(building: Building) -> Iterator[Building]:
     """After a failure, keep what a later attempt can go on with, and say so; remove anything else."""
     try:
-        yield building
+        with _errors_of_ours(building.out):
+            yield building
     except BaseException as error:
         if isinstance(error, (MismatchError, NonfiniteError)) or not building.is_resumable:
             building.discard()

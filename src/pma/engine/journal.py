@@ -50,6 +50,8 @@ class Journal:
     def start(self, heading: Mapping[str, Any]) -> None:
         """Begin anew: whatever the journal said is forgotten."""
         os.ftruncate(self._descriptor, 0)
+        # before the heading is written: no power loss may leave it in front of what another merge had done
+        os.fsync(self._descriptor)
         self.heading, self.digests, self._end = dict(heading), {}, 0
         self._append(heading)
 

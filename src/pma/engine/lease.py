@@ -27,25 +27,26 @@ class Lease:
         self._path = folder / LEASE_FILE
         self._mine = folder / f"{LEASE_FILE}.{secrets.token_hex(8)}"
         self._out = out
-        self._descriptor = self._write()
+        self._descriptor = -1
         try:
-            while not self._placed(break_lock=break_lock):
-                pass
+            try:
+                self._write()
+                while not self._placed(break_lock=break_lock):
+                    pass
+            finally:
+                self._mine.unlink(missing_ok=True)
         except BaseException:
             self.release()
             raise
-        finally:
-            self._mine.unlink(missing_ok=True)
 
-    def _write(self) -> int:
+    def _write(self) -> None:
         """Our lease under a name of its own: in place it is never seen half-written."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        descriptor = os.open(self._mine, flags, 0o644)
+        self._descriptor = os.open(self._mine, flags, 0o644)
         holder = {"host": _host(), "boot": _boot(), "pid": os.getpid(), "token": secrets.token_hex(16)}
-        os.write(descriptor, json.dumps(holder).encode())
-        os.fsync(descriptor)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        return descriptor
+        os.write(self._descriptor, json.dumps(holder).encode())
+        os.fsync(self._descriptor)
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
 
     def _placed(self, *, break_lock: bool) -> bool:
         """Put ours in place. False where another came or went meanwhile."""
@@ -54,8 +55,8 @@ class Lease:
         except FileExistsError:
             pass
         except FileNotFoundError:  # cleared away by one who had the lease just before
-            os.close(self._descriptor)
-            self._descriptor = self._write()
+            self.release()
+            self._write()
             return False
         else:
             return True

@@ -24,11 +24,19 @@ def make_staging_folder(out: Path) -> Path:
     """Make sure there is a folder to build `out` in. Raises UsageError where something else is in the way."""
     refuse_existing(out)
     folder = staging_folder(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    _make_folders(out.parent)
     folder.mkdir(exist_ok=True)
     sync_folder(out.parent)
     _refuse_foreign(folder)
     return folder
+
+
+def _make_folders(folder: Path) -> None:
+    """Make `folder` and those above it, each new name durable: or power loss takes what is inside along."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in reversed(missing):
+        sync_folder(made.parent)
 
 
 def refuse_existing(out: Path) -> None:

@@ -4,6 +4,7 @@ together.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections import OrderedDict
@@ -14,6 +15,8 @@ from pathlib import Path
 from pma.errors import FormatError, IncompleteError, StorageError
 from pma.formats.contracts import ReadRequest
 
+#: error numbers of a full disk or quota
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MOST_BUFFERS = 512  # a call of preadv takes at most IOV_MAX buffers, 1024 on Linux
 
 

@@ -18,7 +18,7 @@ from blake3 import blake3
 from pma.errors import FormatError, IncompleteError, InputError, SpaceError, StorageError, printable
 from pma.formats import hf_trainer, strict_json
 from pma.formats.contracts import UNFINISHED_SUFFIX, ReadRequest
-from pma.formats.files import OpenFiles, coalesced, read_exactly
+from pma.formats.files import NO_ROOM, OpenFiles, coalesced, read_exactly
 from pma.formats.safetensors_header import encode_header, read_header
 from pma.quantities import bytes_text
 from pma.types import CheckpointMeta, FileIdentity, Fragment, Layout, OutputFile, TensorSpec
@@ -27,7 +27,6 @@ FORMAT = "safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _LARGEST_INDEX_BYTES = 64 * 2**20
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def detect(path: Path) -> bool:
@@ -248,8 +247,10 @@ class SafetensorsWriter:
                 # reserve the room now: a full disk must be found before hours of reading
                 os.posix_fallocate(descriptor, 0, max(file.size_bytes, 1))
             except OSError as error:
-                if error.errno in _NO_ROOM:
+                if error.errno in NO_ROOM:
                     raise _no_room(self._folder, layout, error) from error
+                if error.errno == errno.EIO:
+                    raise _write_error(self._folder / file.name, error) from error
                 # else the file system cannot reserve
             finally:
                 os.close(descriptor)
@@ -322,5 +323,5 @@ def _write_exactly(descriptor: int, offset_bytes: int, values: memoryview, path:
 
 
 def _write_error(path: Path, error: OSError) -> InputError:
-    kind = SpaceError if error.errno in _NO_ROOM else StorageError
+    kind = SpaceError if error.errno in NO_ROOM else StorageError
     return kind(f"{path}: writing failed: {error.strerror}")
