@@ -189,7 +189,7 @@ def write_all(
         if any(resumed):
             count.add(0, sum(resumed))
         streaming, stop = time.monotonic(), StopFlag()
-        with _interruptible(), kept_up(buildings, stop, save_seconds):
+        with kept_up(buildings, stop, save_seconds):
             stream(work, [building.output for building in buildings], progress=count.add, stop=stop)
             streamed = time.monotonic()
         for building in buildings:
@@ -246,15 +246,6 @@ def _errors_of_ours(out: Path) -> Iterator[None]:
         kind = SpaceError if error.errno in NO_ROOM else StorageError
         where = error.filename if isinstance(error.filename, str) else out
         raise kind(f"{where}: writing failed: {error.strerror or error}") from error
-    except KeyboardInterrupt:
-        raise Interrupted("interrupted while merging") from None
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """An interrupt is an error like others, wherever in the block it arrives."""
-    try:
-        yield
     except KeyboardInterrupt:
         raise Interrupted("interrupted while merging") from None
 
