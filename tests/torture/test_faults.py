@@ -80,7 +80,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a small file system")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    if subprocess.run(["umount", str(folder)]).returncode:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+        pytest.fail("a file was left open")
 
 
 def fill(disk: Path) -> None:
