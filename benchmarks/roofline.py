@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-REQUEST_BYTES = 2**20  # what the merge asks of the system in one call
+REQUEST_BYTES = 2**19  # what the merge asks of the system in one call
 BLOCK_BYTES = 4 * 2**20  # what a thread of the merge takes at once
 
 

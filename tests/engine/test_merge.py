@@ -350,7 +350,7 @@ def peak_mib(run: Path, last: int, out: Path) -> float:
 def test_the_memory_budget_sets_the_tiles(tmp_path: Path) -> None:
     paths = tiny_run(tmp_path / "run", steps=2, shapes={"w": (10_000_000,)})
     points = trajectory.from_checkpoints(paths).points
-    for memory_bytes, tile_bytes in ((64 * 2**20, 2**20), (20 * 2**20, 2**18)):
+    for memory_bytes, tile_bytes in ((40 * 2**20, 2**19), (20 * 2**20, 2**18)):
         with engine.plan(points, MergeOptions(memory_bytes=memory_bytes, threads=2)) as plan:
             assert plan.tile_bytes == tile_bytes
             held = 2 * memory_budget.worker_bytes(tile_bytes, merges=1)
@@ -359,13 +359,14 @@ def test_the_memory_budget_sets_the_tiles(tmp_path: Path) -> None:
         engine.plan(points, MergeOptions(memory_bytes=8 * 2**20, threads=2))
 
 
-def test_many_open_files_are_not_needed(tmp_path: Path) -> None:
-    paths = tiny_run(tmp_path / "run", steps=6, shapes={f"w{i}": (8,) for i in range(40)}, shards=40)
+@pytest.mark.parametrize(("steps", "shards"), [(6, 40), (66, 2)])
+def test_many_open_files_are_not_needed(tmp_path: Path, steps: int, shards: int) -> None:
+    paths = tiny_run(tmp_path / "run", steps=steps, shapes={f"w{i}": (8,) for i in range(40)}, shards=shards)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 160), hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 180), hard))
     try:
         out = merged(paths, tmp_path / "out")
-        assert same_bytes(reference_average(paths, [1 / 6] * 6), out) == []
+        assert same_bytes(reference_average(paths, [1 / steps] * steps), out) == []
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

@@ -102,7 +102,7 @@ def test_each_source_is_read_once(sweep: Sweep, monkeypatch: pytest.MonkeyPatch)
 
 def test_memory_sets_the_number_of_passes(run: Path) -> None:
     grid = Grid(lasts=(3, 6, 10), schemes=SCHEMES)
-    for memory_bytes, expected in ((384 * 2**20, 1), (100 * 2**20, 3), (36 * 2**20, 16)):
+    for memory_bytes, expected in ((384 * 2**20, 1), (100 * 2**20, 2), (36 * 2**20, 8)):
         with sweeping.planned([run], grid, MergeOptions(memory_bytes=memory_bytes)) as sweep:
             assert len(sweep.plans) == 16
             assert len(engine.passes(sweep.plans, in_memory=False)) == expected

@@ -33,7 +33,7 @@ def command(function: Callable[P, dict[str, Any]]) -> Callable[P, None]:
         except PmaError as error:
             raise _failed(error, as_json) from None
         except KeyboardInterrupt:
-            raise _failed(Interrupted("interrupted; nothing was left behind"), as_json) from None
+            raise _failed(Interrupted("interrupted"), as_json) from None
         except BrokenPipeError:
             sys.stderr.close()  # the reader of our output went away; there is nobody to tell
             raise typer.Exit(0) from None

@@ -162,17 +162,25 @@ def _size_bytes(path: Path) -> int:
         return -1
 
 
+def _waits(seconds: float) -> Iterator[float]:
+    """Soon at first, so that the disk has work from the start; then every `seconds`."""
+    wait = seconds / 8
+    while True:
+        yield wait
+        wait = min(2 * wait, seconds)
+
+
 @contextmanager
 def kept_up(buildings: Sequence[Building], stop: StopFlag, seconds: float = SAVE_SECONDS) -> Iterator[None]:
-    """In the block, save every building now and then. Where that fails, `stop` is set and the error
-    raised.
+    """In the block, save every building now and then, `seconds` apart. Where that fails, `stop` is set and
+    the error raised.
     """
-    ended = threading.Event()
+    ended, waits = threading.Event(), _waits(seconds)
     failures: list[BaseException] = []
 
     def keep() -> None:
         try:
-            while not ended.wait(seconds):
+            while not ended.wait(next(waits)):
                 for building in buildings:
                     building.save()
         except BaseException as error:

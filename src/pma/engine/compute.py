@@ -26,6 +26,9 @@ from pma.types import DType, TensorSpec
 
 Buffer = NDArray[Any]
 
+# sources that the compiled loop holds open at once; systems allow a process 1024 files or fewer
+_MOST_OPEN = 64
+
 
 class BlockWorker:
     """The buffers of one thread, reused for every block it makes."""
@@ -97,11 +100,10 @@ class BlockWorker:
         if DType.F16 in (span.dtype_in, span.dtype_out):
             return False
         needed = sorted({number for k in wanted for number, _ in self._recipes[k].members})
-        width, storage, wide = (
-            span.dtype_in.bits // 8,
-            STORAGE[span.dtype_in],
-            accumulator_dtype(span.dtype_in),
-        )
+        if len(needed) > _MOST_OPEN:
+            return False
+        width = span.dtype_in.bits // 8
+        storage, wide = STORAGE[span.dtype_in], accumulator_dtype(span.dtype_in)
         with ExitStack() as opened:
             places = self._places(span, [self._readers[number] for number in needed], opened)
             if places is None:

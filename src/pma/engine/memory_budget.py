@@ -10,7 +10,7 @@ from pma.errors import UsageError
 from pma.quantities import bytes_text
 
 DEFAULT_MEMORY_BYTES = 384 * 2**20
-LARGEST_TILE_BYTES = 2**20
+LARGEST_TILE_BYTES = 2**19
 _SMALLEST_TILE_BYTES = 2**16
 # interpreter, numpy and the compiler behind the arithmetic; measured, see benchmarks/README.md
 _BASE_MEMORY_BYTES = 190 * 2**20

@@ -27,7 +27,7 @@ class OpenFiles:
     A file in use is never closed: users are counted, and only idle ones beyond `most_idle` go.
     """
 
-    def __init__(self, folder: Path, most_idle: int = 8) -> None:
+    def __init__(self, folder: Path, most_idle: int = 2) -> None:
         self._folder = folder
         self._most_idle = most_idle
         self._lock = threading.Lock()
