@@ -1,9 +1,10 @@
 """The store: what is put comes back, several writers lose nothing, a strange file is an error for people."""
 
 import json
-import multiprocessing
 import os
 import sqlite3
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -114,21 +115,21 @@ def test_a_locked_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(store.rows()) == 1
 
 
-def put_many(path: Path, first: int) -> None:
-    with Store(path) as store:
-        for number in range(first, first + 25):
-            store.put(f"m{number}", "e", merge={"number": number}, result={"writer": first})
+PUT_MANY = """
+import sys
+from pathlib import Path
+from pma.results import Store
+path, first = Path(sys.argv[1]), int(sys.argv[2])
+with Store(path) as store:
+    for number in range(first, first + 25):
+        store.put(f"m{number}", "e", merge={"number": number}, result={"writer": first})
+"""
 
 
 def test_several_writers_lose_nothing(tmp_path: Path) -> None:
     path, firsts = tmp_path / "results.sqlite", (0, 10, 20, 30)
-    context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=put_many, args=(path, first)) for first in firsts]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join(100)
-    assert [writer.exitcode for writer in writers] == [0] * 4
+    writers = [subprocess.Popen([sys.executable, "-c", PUT_MANY, str(path), str(first)]) for first in firsts]
+    assert [writer.wait(100) for writer in writers] == [0] * 4
     with Store(path) as store:
         rows = store.rows()
     assert sorted(row.merge["number"] for row in rows) == list(range(55))
