@@ -157,18 +157,18 @@ FAULTS = {
     "read": (
         "preadv",
         errno.EIO,
-        lambda d, n: "checkpoint-20" in opened(d) and n > 25,
+        lambda d, n: "checkpoint-20" in opened(d) and n > 74,
         "checkpoint-20.*reading",
     ),
     "write": (
         "pwrite",
         errno.EIO,
-        lambda d, n: opened(d).endswith(".safetensors") and n > 6,
+        lambda d, n: opened(d).endswith(".safetensors") and n > 30,
         "writing failed",
     ),
     "sync": ("fdatasync", errno.EIO, lambda d, n: n > 2, "writing failed"),
-    "journal": ("pwrite", errno.ENOSPC, lambda d, n: opened(d).endswith("journal") and n > 6, "No space"),
-    "quota": ("pwrite", errno.EDQUOT, lambda d, n: opened(d).endswith(".safetensors") and n > 6, "quota"),
+    "journal": ("pwrite", errno.ENOSPC, lambda d, n: opened(d).endswith("journal") and n > 30, "No space"),
+    "quota": ("pwrite", errno.EDQUOT, lambda d, n: opened(d).endswith(".safetensors") and n > 30, "quota"),
 }
 
 
