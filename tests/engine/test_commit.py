@@ -1,5 +1,7 @@
 """Whatever happens to a merge, nothing is overwritten and nothing looks complete that is not."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -410,3 +412,32 @@ def test_weights_edited_in_the_record_are_found(tmp_path: Path) -> None:
     value["sources"][0]["weight"], value["sources"][1]["weight"] = 0.25, 0.75
     record.write_text(json.dumps(value))
     assert "is not what the sources give" in engine.verify(tmp_path / "out").findings[0]
+
+
+@pytest.mark.parametrize("lacking", ["links", "locks", "both"])
+def test_file_systems_without_hard_links_or_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    def no_links(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    if lacking != "locks":
+        monkeypatch.setattr(os, "link", no_links)
+    if lacking != "links":
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+    paths = tiny_run(tmp_path / "run", steps=2)
+    with plan(paths) as planned:
+        engine.write(planned, tmp_path / "whole")
+        out = tmp_path / "out"
+        Building(planned, out).close()  # as a kill leaves it
+        if lacking == "links":
+            engine.write(planned, out)  # the lock tells that its holder is gone
+        else:
+            with pytest.raises(UsageError, match=r"a file system without locks.*--break-lock"):
+                engine.write(planned, out)
+            engine.write(planned, out, break_lock=True)
+    assert engine.verify(out).findings == ()
+    assert not [p for p in out.iterdir() if p.name.startswith(".")]

@@ -18,7 +18,7 @@ from pma.engine.lease import LEASE_FILE, Lease
 from pma.engine.plan import Plan
 from pma.engine.staging import clear, make_staging_folder, publish, refuse_existing, sync_folder
 from pma.engine.stopping import StopFlag
-from pma.engine.stream import Digests, Output
+from pma.engine.stream import Output
 from pma.errors import UsageError
 from pma.formats.safetensors import SafetensorsWriter
 
@@ -77,13 +77,14 @@ class Building:
     @property
     def bytes_done(self) -> int:
         """Bytes of finished chunks, as far as this process knows."""
-        return min(len(self.output.digests) * CHUNK_BYTES, self.plan.bytes_to_write)
+        sizes = {file.name: file.size_bytes for file in self.plan.layout.files}
+        chunks = list(self.output.digests)
+        return sum(min(CHUNK_BYTES, sizes[file] - number * CHUNK_BYTES) for file, number in chunks)
 
     def save(self) -> None:
         """Sync what is written, then say so in the journal; show that we live."""
         self._lease.beat()
-        finished: Digests = dict(self.output.digests)
-        new = {chunk: finished[chunk] for chunk in finished.keys() - self._journal.digests.keys()}
+        new = self.output.taken()  # before the sync: what comes later is for the next time
         if new:
             self._part.sync()
             self._journal.add(new)
@@ -143,16 +144,12 @@ def _leased(out: Path, *, break_lock: bool) -> tuple[Path, Lease]:
             continue  # its holder finished and took the folder away meanwhile
         try:
             refuse_existing(out)
-            clear(folder, but=(LEASE_FILE, JOURNAL_FILE, *_output_files(folder)))
+            for contender in folder.glob(f"{LEASE_FILE}.*"):
+                contender.unlink(missing_ok=True)
         except BaseException:
             lease.release()
             raise
         return folder, lease
-
-
-def _output_files(folder: Path) -> list[str]:
-    """Everything but the names that contenders for the lease left."""
-    return [entry.name for entry in folder.iterdir() if not entry.name.startswith(LEASE_FILE)]
 
 
 def _size_bytes(path: Path) -> int:
@@ -193,6 +190,10 @@ def kept_up(buildings: Sequence[Building], stop: StopFlag, seconds: float = SAVE
         yield
     finally:
         ended.set()
-        keeper.join()
+        try:
+            keeper.join()
+        except KeyboardInterrupt:
+            keeper.join()  # it must not write into files that we are about to close
+            raise
         if failures:
             raise failures[0]

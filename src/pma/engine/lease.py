@@ -2,11 +2,13 @@
 
 A lock tells of processes under this kernel whether they live: one that was killed has none. It tells nothing
 of another host, and names and numbers of hosts and processes are used again in containers; so a lease that
-was left by another host or another boot is only ever broken on request.
+was left by another host or another boot is only ever broken on request. Nor is any on a file system without
+locks (Lustre is often mounted so), where nobody can tell whether its holder lives.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -18,6 +20,7 @@ from pathlib import Path
 from pma.errors import UsageError, printable
 
 LEASE_FILE = ".pma-lease"
+_NOT_SUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EPERM, errno.EINVAL)
 
 
 class Lease:
@@ -46,12 +49,12 @@ class Lease:
         holder = {"host": _host(), "boot": _boot(), "pid": os.getpid(), "token": secrets.token_hex(16)}
         os.write(self._descriptor, json.dumps(holder).encode())
         os.fsync(self._descriptor)
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        _lock(self._descriptor)
 
     def _placed(self, *, break_lock: bool) -> bool:
         """Put ours in place. False where another came or went meanwhile."""
         try:
-            os.link(self._mine, self._path)
+            self._link()
         except FileExistsError:
             pass
         except FileNotFoundError:  # cleared away by one who had the lease just before
@@ -73,21 +76,33 @@ class Lease:
         finally:
             os.close(theirs)
 
+    def _link(self) -> None:
+        """Give our lease its name, unless one has it already."""
+        try:
+            os.link(self._mine, self._path)
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise
+            # without hard links one that comes at this very moment is overwritten, and finds out as it beats
+            if self._path.exists():
+                raise FileExistsError(error.errno, str(error)) from error
+            os.rename(self._mine, self._path)
+
     def _refuse_live(self, theirs: int, *, break_lock: bool) -> None:
         holder = _holder(theirs)
         who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
         seconds = max(0, time.time() - os.fstat(theirs).st_mtime)
-        try:
-            fcntl.flock(theirs, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        locked = _lock(theirs)
+        if locked is False:
             raise UsageError(
                 f"{self._out} is being written by {who}, last heard of {seconds:.0f} s ago; wait for it"
-            ) from None
-        if (holder.get("host"), holder.get("boot")) != (_host(), _boot()) and not break_lock:
+            )
+        ours = (holder.get("host"), holder.get("boot")) == (_host(), _boot())
+        if not (ours and locked) and not break_lock:
+            why = "a file system without locks" if ours else "another host, or before a restart"
             raise UsageError(
-                f"{self._out} is being written, or was left unfinished, by {who} "
-                f"(another host, or before a restart), last heard of {seconds:.0f} s ago. "
-                "If that process is gone for good, say --break-lock"
+                f"{self._out} is being written, or was left unfinished, by {who} ({why}), last heard of "
+                f"{seconds:.0f} s ago. If that process is gone for good, say --break-lock"
             )
 
     def beat(self) -> None:
@@ -105,6 +120,19 @@ class Lease:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _lock(descriptor: int) -> bool | None:
+    """Lock the file without waiting: whether that could be done, None where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+        return None
+    return True
 
 
 def _same(descriptor: int, path: Path) -> bool:

@@ -5,6 +5,7 @@ in one go, for one merge or for several that share their reads.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -27,6 +28,16 @@ class Output:
 
     part: PartWriter | None
     digests: Digests = field(default_factory=dict)
+    _new: deque[tuple[tuple[str, int], str]] = field(default_factory=deque)
+
+    def done(self, chunk: tuple[str, int], digest: str) -> None:
+        """A chunk is written. From any thread."""
+        self.digests[chunk] = digest
+        self._new.append((chunk, digest))
+
+    def taken(self) -> Digests:
+        """What was done since this was called last."""
+        return dict(self._new.popleft() for _ in range(len(self._new)))
 
 
 def stream(
@@ -114,5 +125,4 @@ class _Task:
         digest = blake3(values).hexdigest()
         if output.part is not None:
             output.part.write(block.file, block.offset_bytes, values)
-        with self._lock:
-            output.digests[block.chunk] = digest
+        output.done(block.chunk, digest)
