@@ -1,0 +1,56 @@
+"""What is computed for each merge of a sweep and kept: the losses of a text, the score on a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from blake3 import blake3
+
+from pma import __version__
+from pma.evaluation.tasks import Task, run_task
+from pma.evaluation.text import Document
+from pma.results import content_key
+
+if TYPE_CHECKING:
+    from pma.evaluation.scoring import Scorer
+
+TEXT = "text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """`run(name, scorer)` gives a result as plain values; `key` tells measures apart by content."""
+
+    name: str
+    key: str
+    run: Callable[[str, Scorer], dict[str, Any]]
+
+
+def text_measure(documents: Sequence[Document], *, cloze: int, context_tokens: int | None) -> Measure:
+    """Losses and cloze of `documents`, as `evaluation.evaluate` gives them. Its name is TEXT."""
+
+    def run(name: str, scorer: Scorer) -> dict[str, Any]:
+        from pma.evaluation.evaluate import evaluate
+
+        return evaluate(name, scorer, documents, cloze=cloze).to_json()
+
+    texts = [blake3(document.text.encode()).hexdigest() for document in documents]
+    key = {"texts": texts, "cloze": cloze, "context_tokens": context_tokens, "pma": __version__}
+    return Measure(name=TEXT, key=content_key(key), run=run)
+
+
+def task_measure(task: Task, *, context_tokens: int | None) -> Measure:
+    """A `TaskResult` as plain values, named by `task_name`."""
+    key = {**task.key, "context_tokens": context_tokens, "pma": __version__}
+    return Measure(
+        name=task_name(task.name),
+        key=content_key(key),
+        run=lambda _, scorer: run_task(scorer, task).to_json(),
+    )
+
+
+def task_name(name: str) -> str:
+    """The name of the measure of task `name`: no task can be taken for the text."""
+    return f"task {name}"
