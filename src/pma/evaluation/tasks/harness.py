@@ -16,8 +16,9 @@ from pma.errors import MissingExtra
 class Task:
     """One task, or one group of the harness's, ready to be run. `metric` is what counts as its score.
 
-    `digest`: of its items, for finding results again; `load` gives the harness's objects (its TaskDict), the same each time; `limit`: items of each
-    of the harness's own tasks (of local files they are picked as they are read).
+    `digest`: of its items, for finding results again. `load` gives the harness's objects (its TaskDict), the
+    same each time. `limit`: items of each of the harness's own tasks (those of local files are picked as they
+    are read).
     """
 
     name: str

@@ -13,7 +13,7 @@ from pma.evaluation.tasks.harness import Task
 
 
 def local_tasks(local: Sequence[LocalTask], folder: Path) -> Iterator[Task]:
-    """Each of `local`, for the harness to load from files that are written into `folder` when it is wanted."""
+    """Each of `local`; when one is wanted, the harness loads it from files that are written into `folder`."""
     for task in local:
         metric = "acc_norm" if task.kind == "choices" and not _is_pairs(task) else "acc"
         load = cache(partial(_load, task, folder / task.name))

@@ -71,6 +71,6 @@ def _check_fits(request: _Request, context_tokens: int) -> None:
     (_, continuation), given, wanted = request
     if not given or not wanted or len(wanted) > context_tokens:
         raise InputError(
-            f"an answer of a task has {len(wanted)} tokens, expected 1 to {context_tokens}, as the model looks "
-            f"at no more: {printable(repr(continuation), 60)}; leave that task out"
+            f"an answer of a task has {len(wanted)} tokens, expected 1 to {context_tokens}, as the model "
+            f"looks at no more: {printable(repr(continuation), 60)}; leave that task out"
         )
