@@ -7,27 +7,29 @@ new.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from blake3 import blake3
 
 from pma import engine, trajectory
-from pma.engine import MergeOptions, Plan, side_files
-from pma.errors import UsageError
+from pma.engine import MergeOptions, Plan
+from pma.errors import FormatError, UsageError, printable
 from pma.evaluation.measures import TEXT, Measure, task_name
-from pma.evaluation.tasks import TaskResult
 from pma.formats.contracts import CheckpointReader
-from pma.quantities import Steps, Tokens
+from pma.quantities import Steps, Tokens, parse_distance
 from pma.results import Store, content_key
 from pma.trajectory import Trajectory, TrajectoryPoint, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Results = dict[str, dict[str, Any]]
+    from pma.evaluation.evaluate import Evaluation
+
+# an Evaluation or a TaskResult by the name of its measure
+Results = dict[str, Any]
 STORE_FILE = Path(".pma") / "results.sqlite"
 
 
@@ -57,8 +59,16 @@ class Cell:
     @property
     def name(self) -> str:
         """A name for people and for a folder."""
-        every = "" if self.every is None else f"-every{str(self.every).replace(' ', '')}"
+        every = "" if self.every is None else f"-every{_exact_text(self.every)}"
         return f"{self.scheme.replace(':', '-')}-last{self.last}{every}-at{self.at}"
+
+
+def _exact_text(distance: Steps | Tokens) -> str:
+    """As `8Btokens` where that is exact, else all digits: names must differ where distances do."""
+    short = str(distance).replace(" ", "")
+    if parse_distance(short) == distance:
+        return short
+    return f"{distance.count}{'steps' if isinstance(distance, Steps) else 'tokens'}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,14 +98,11 @@ def planned(paths: Sequence[Path], grid: Grid, options: MergeOptions) -> Iterato
         raise UsageError(f"{paths[0]} is a checkpoint; a sweep chooses windows from a run")
     found = trajectory.resolve(paths)
     opened: dict[Path, CheckpointReader] = {}
-    with ExitStack() as stack:
-        stack.callback(_close_all, opened)
+    try:
         yield _Planner(found, grid, options, opened).sweep()
-
-
-def _close_all(opened: dict[Path, CheckpointReader]) -> None:
-    for reader in opened.values():
-        reader.close()
+    finally:
+        for reader in opened.values():
+            reader.close()
 
 
 class _Planner:
@@ -149,7 +156,6 @@ class _Planner:
 def merge_key(plan: Plan) -> str:
     """Tells merges apart by content: which files, weighed how, treated how. Not by where they lie."""
     options = plan.options
-    beside = side_files.read(plan.sources[-1].point.path, options.dtype)
     return content_key(
         {
             "sources": [[asdict(identity) for identity in source.files] for source in plan.sources],
@@ -157,23 +163,33 @@ def merge_key(plan: Plan) -> str:
             "dtype": options.dtype.name if options.dtype else None,
             "exclude": list(options.exclude),
             "copy": list(options.copy),
+            "with_optimizer": options.with_optimizer,
             "allow_nonfinite": options.allow_nonfinite,
-            "beside": {name: blake3(data).hexdigest() for name, data in beside.items()},
+            "beside": {name: blake3(data).hexdigest() for name, data in plan.side_files.items()},
         }
     )
 
 
-def write(sweep: Sweep, folder: Path, **how: Any) -> list[tuple[Cell, Path]]:
-    """Write the cell's merges into folders of `folder`; one that is there already, from the same plan, is
-    left alone.
-
-    Cells of like content are written once, under the first one's name. `how` as in `engine.write`.
+def targets(sweep: Sweep, folder: Path) -> dict[int, Path]:
+    """For each plan the folder in `folder` that it is written to: cells of like content share the first one's
+    name.
     """
-    first = {cell.plan: cell for cell in reversed(sweep.cells)}
-    targets = [(sweep.plans[place], folder / cell.name) for place, cell in sorted(first.items())]
-    missing = [(plan, out) for plan, out in targets if not engine.is_written(plan, out)]
-    engine.sweep_to_folders(missing, **how)
-    return [(cell, folder / first[cell.plan].name) for cell in sweep.cells]
+    return {cell.plan: folder / cell.name for cell in reversed(sweep.cells)}
+
+
+def unwritten(sweep: Sweep, folder: Path) -> list[tuple[Plan, Path]]:
+    """What of the sweep is not in `folder` yet, made from the same plan."""
+    places = sorted(targets(sweep, folder).items())
+    return [(sweep.plans[p], out) for p, out in places if not engine.is_written(sweep.plans[p], out)]
+
+
+def write(sweep: Sweep, folder: Path, **how: Unpack[engine.How]) -> list[tuple[Cell, Path]]:
+    """Write what is not there yet of the cells' merges into folders of `folder`; `how` as in
+    `engine.write`.
+    """
+    engine.sweep_to_folders(unwritten(sweep, folder), **how)
+    out = targets(sweep, folder)
+    return [(cell, out[cell.plan]) for cell in sweep.cells]
 
 
 def evaluate(
@@ -183,9 +199,10 @@ def evaluate(
     *,
     context_tokens: int | None = None,
     announce: Callable[[str], None] = lambda text: None,
+    begin: Callable[[Sequence[Plan]], None] = lambda plans: None,
 ) -> tuple[dict[int, Results], int]:
     """Results by plan, of every cell and of the raw checkpoints, each by the measure's name; and how many of
-    them were in the store already.
+    them were in the store already. `begin` hears once of the plans that lack any.
     """
     from pma.evaluation.model import load_scorer
 
@@ -196,7 +213,7 @@ def evaluate(
         for measure in measures:
             known = store.get(merge, measure.key)
             if known is not None:
-                done[place][measure.name] = known
+                done[place][measure.name] = _read_back(measure, known, store)
             else:
                 missing.setdefault(place, []).append(measure)
     places = list(missing)
@@ -207,12 +224,24 @@ def evaluate(
         announce(f"evaluating {number + 1} of {len(places)}")
         scorer = load_scorer(tensors, plan.sources[-1].point.path, context_tokens=context_tokens)
         for measure in missing[place]:
-            done[place][measure.name] = measure.run(merge[:12], scorer)
-            store.put(merge, measure.key, merge=_described(plan), result=done[place][measure.name])
+            found = done[place][measure.name] = measure.run(merge[:12], scorer)
+            store.put(merge, measure.key, merge=_described(plan), result=found.to_json())
 
+    begin([sweep.plans[place] for place in places])
     if places:
         engine.sweep_in_memory([sweep.plans[place] for place in places], use)
     return done, len(sweep.plans) * len(measures) - sum(map(len, missing.values()))
+
+
+def _read_back(measure: Measure, value: dict[str, Any], store: Store) -> Any:
+    """A result from the store, which is a file like any other."""
+    try:
+        return measure.read(value)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(
+            f"{store.path} holds an evaluation that cannot be read ({printable(repr(error))}); "
+            "remove the file, and it is computed again"
+        ) from error
 
 
 def _described(plan: Plan) -> dict[str, Any]:
@@ -254,28 +283,24 @@ def rows(
     return sorted(made, key=lambda row: -row["mean_score"])
 
 
-def _text_values(own: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
-    from pma.evaluation.evaluate import Evaluation, loss_difference
+def _text_values(own: Evaluation, raw: Evaluation) -> dict[str, Any]:
+    from pma.evaluation.evaluate import loss_difference
 
-    evaluation = Evaluation.from_json(own)
-    gain = loss_difference(Evaluation.from_json(raw), evaluation)
+    gain = loss_difference(raw, own)
     return {
-        "loss": evaluation.loss.value,
-        "standard_error": evaluation.loss.standard_error,
+        "loss": own.loss.value,
+        "standard_error": own.loss.standard_error,
         "gain": gain.value,
         "gain_standard_error": gain.standard_error,
-        "bits_per_byte": evaluation.bits_per_byte,
-        "cloze": evaluation.cloze_accuracy,
+        "bits_per_byte": own.bits_per_byte,
+        "cloze": own.cloze_accuracy,
     }
 
 
 def _task_values(own: Results, raw: Results, weights: Mapping[str, float]) -> dict[str, Any]:
     from pma.evaluation.tasks import scores
 
-    pairs = [
-        (TaskResult.from_json(own[task_name(task)]), TaskResult.from_json(raw[task_name(task)]))
-        for task in weights
-    ]
+    pairs = [(own[task_name(task)], raw[task_name(task)]) for task in weights]
     mean = scores.mean_score([mine for mine, _ in pairs], list(weights.values()))
     gain = scores.mean_difference(pairs, list(weights.values()))
     tasks = {}

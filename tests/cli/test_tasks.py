@@ -1,6 +1,7 @@
 """`pma eval --tasks` and `pma sweep --tasks`: tables, JSON, the store, weights, mistakes."""
 
 import json
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,21 @@ def test_sweep_keeps_each_task_and_computes_only_what_is_new(run: Path, tmp_path
     assert value_of(*common, "--last", "2,3", "--tasks", changed)["from_store"] == 0
     with Store(tmp_path / "r.sqlite") as store:
         assert len(store.rows()) == 5 + 2 + 5 + 3 * 5
+
+
+@pytest.mark.usefixtures("no_charts")
+@pytest.mark.parametrize("change", [{"parts": 1}, {"metric": "f1"}, {"parts": [{"name": "words"}]}])
+def test_a_result_in_the_store_that_is_none(run: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "r.sqlite"
+    arguments = ("sweep", run, "--last", 2, "--tasks", run.parent / "evals" / "words.jsonl", "--store", path)
+    value_of(*arguments)
+    with sqlite3.connect(path) as connection:
+        [(text,)] = connection.execute("SELECT result FROM evaluations LIMIT 1").fetchall()
+        connection.execute("UPDATE evaluations SET result = ?", (json.dumps(json.loads(text) | change),))
+    connection.close()
+    done = pma(*arguments)
+    assert done.exit_code == 3
+    assert "cannot be read" in done.stderr
 
 
 @pytest.mark.usefixtures("no_charts")

@@ -48,19 +48,22 @@ class TaskResult:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TaskResult:
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`. Raises ValueError, LookupError or TypeError for what is none."""
         parts = [
             TaskPart(
-                name=part["name"],
-                weight=part["weight"],
-                scores={metric: tuple(items) for metric, items in part["scores"].items()},
-                loglikelihoods=tuple(map(tuple, part["loglikelihoods"])),
-                gold=tuple(part["gold"]),
+                name=str(part["name"]),
+                weight=float(part["weight"]),
+                scores={str(metric): tuple(map(float, items)) for metric, items in part["scores"].items()},
+                loglikelihoods=tuple(tuple(map(float, answers)) for answers in part["loglikelihoods"]),
+                gold=tuple(map(int, part["gold"])),
             )
             for part in value["parts"]
         ]
         plain = {name: value[name] for name in ("name", "digest", "metric", "harness")}
-        return cls(parts=tuple(parts), **plain)
+        result = cls(parts=tuple(parts), **plain)
+        for part in parts:
+            _scores(result, part), _nats(part)  # what is missing is found here
+        return result
 
 
 def score(result: TaskResult) -> Estimate:
