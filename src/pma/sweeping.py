@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from blake3 import blake3
 
 from pma import __version__, engine, trajectory
-from pma.engine import MergeOptions, Plan, side_files
+from pma.engine import MergeOptions, Plan
 from pma.errors import UsageError
 from pma.evaluation.text import Document
 from pma.formats.contracts import CheckpointReader
@@ -149,7 +149,6 @@ class _Planner:
 def merge_key(plan: Plan) -> str:
     """Tells merges apart by content: which files, weighed how, treated how. Not by where they lie."""
     options = plan.options
-    beside = side_files.read(plan.sources[-1].point.path, options.dtype)
     return content_key(
         {
             "sources": [[asdict(identity) for identity in source.files] for source in plan.sources],
@@ -158,7 +157,7 @@ def merge_key(plan: Plan) -> str:
             "exclude": list(options.exclude),
             "copy": list(options.copy),
             "allow_nonfinite": options.allow_nonfinite,
-            "beside": {name: blake3(data).hexdigest() for name, data in beside.items()},
+            "beside": {name: blake3(data).hexdigest() for name, data in plan.side_files.items()},
         }
     )
 

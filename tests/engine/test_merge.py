@@ -454,7 +454,7 @@ def test_the_compiled_loop_equals_the_general_path(
     )
     direct = merged(paths, tmp_path / "direct", scheme=scheme)
     assert same_bytes(reference_average(paths, weights(scheme, paths)), direct) == []
-    monkeypatch.setattr(SafetensorsReader, "descriptor", lambda self, file: None)
+    monkeypatch.setattr(SafetensorsReader, "descriptor", lambda *_: None)
     general = merged(paths, tmp_path / "general", scheme=scheme)
     assert (direct / "model.safetensors").read_bytes() == (general / "model.safetensors").read_bytes()
 
@@ -467,7 +467,7 @@ def test_where_the_compiled_loop_cannot_read_the_general_path_does(
     asked = []
 
     @contextmanager
-    def empty(self: SafetensorsReader, file: str) -> Iterator[int]:
+    def empty(self: SafetensorsReader, file: str, *_: int) -> Iterator[int]:
         asked.append(file)
         with open("/dev/null", "rb") as nothing:
             yield nothing.fileno()

@@ -6,6 +6,7 @@ Every error that can be foreseen surfaces here, before the first byte is written
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from pma import averaging, formats
-from pma.engine import side_files
 from pma.engine.blocks import Blocks, Policy
 from pma.engine.memory_budget import DEFAULT_MEMORY_BYTES, peak_memory_bytes, tile_bytes_within
 from pma.errors import InputError, MismatchError, UsageError, printable
 from pma.formats.contracts import CheckpointReader
-from pma.formats.safetensors import SafetensorsReader, plan_layout, shards_like
+from pma.formats.strict_json import parse_object
 from pma.trajectory import TrajectoryPoint
 from pma.types import DType, FileIdentity, Layout, TensorSpec
+
+_TORCH_NAMES = {DType.F16: "float16", DType.BF16: "bfloat16", DType.F32: "float32", DType.F64: "float64"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,7 @@ class Plan:
     layout: Layout
     blocks: Blocks
     tile_bytes: int
+    side_files: Mapping[str, bytes]
     left_out: tuple[tuple[Path, str], ...] = ()
 
     @property
@@ -88,11 +91,11 @@ class Plan:
 
     @property
     def bytes_to_read(self) -> int:
-        averaged = sum(self.tensors[n].length_bytes for n, p in self.policies.items() if p is Policy.AVERAGE)
-        copied = sum(
-            self.tensors[n].length_bytes for n, p in self.policies.items() if p is Policy.COPY_NEWEST
-        )
-        return averaged * len(self.sources) + copied
+        return self.bytes_of(Policy.AVERAGE) * len(self.sources) + self.bytes_of(Policy.COPY_NEWEST)
+
+    def bytes_of(self, policy: Policy) -> int:
+        """Bytes, in one source, of the tensors of that policy."""
+        return sum(self.tensors[name].length_bytes for name, p in self.policies.items() if p is policy)
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -174,13 +177,10 @@ def plan(
         _check_same(readers, tensors, excluded)
         policies = {name: _policy(spec, options.copy, newest.path) for name, spec in tensors.items()}
         outputs = {name: _output_spec(spec, policies[name], options.dtype) for name, spec in tensors.items()}
-        assert isinstance(
-            newest, SafetensorsReader
-        )  # the one format so far; its layout is the newest source's
-        layout = plan_layout(outputs, shards_like(newest, outputs))
+        layout = formats.plan_layout(outputs, newest)
         blocks = Blocks(layout, tensors, policies)
         tile_bytes = tile_bytes_within(options.memory_bytes, options.threads, merges=1)
-        side_files.read(newest.path, options.dtype)  # what cannot be read or used must show before the work
+        beside = _beside(newest, options.dtype)
         files = [reader.identities() for reader in readers]
         on_error.pop_all()
     return Plan(
@@ -196,6 +196,7 @@ def plan(
         layout=layout,
         blocks=blocks,
         tile_bytes=tile_bytes,
+        side_files=beside,
         left_out=tuple(left_out),
     )
 
@@ -294,6 +295,20 @@ def _output_spec(spec: TensorSpec, policy: Policy, dtype: DType | None) -> Tenso
     if dtype is None or policy is not Policy.AVERAGE or spec.dtype.kind != "float":
         return spec
     return TensorSpec(name=spec.name, dtype=dtype, shape=spec.shape, role=spec.role, parameter=spec.parameter)
+
+
+def _beside(newest: CheckpointReader, dtype: DType | None) -> dict[str, bytes]:
+    """The newest source's side files as they go into the output, read once: what cannot be used shows now.
+
+    `dtype`: the output's type where it is not the sources' own. It is then put into config.json, because
+    transformers loads weights in the type that the configuration names.
+    """
+    files = dict(newest.side_files())
+    if "config.json" in files and dtype is not None:
+        config = parse_object(files["config.json"], str(newest.path / "config.json"))
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = _TORCH_NAMES[dtype]
+        files["config.json"] = json.dumps(config, indent=2).encode("utf-8") + b"\n"
+    return files
 
 
 def _scheme_text(options: MergeOptions) -> str:

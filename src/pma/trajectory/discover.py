@@ -12,7 +12,6 @@ from typing import Any
 from pma import formats
 from pma.errors import InputError, UsageError
 from pma.formats import hf_trainer
-from pma.formats.hf_trainer import TRAINER_FOLDER
 from pma.trajectory.phases import Phase, phase_at
 from pma.types import CheckpointMeta, TrainingLog
 
@@ -80,12 +79,12 @@ def discover(roots: Sequence[Path]) -> Trajectory:
     for root in roots:
         for path in _checkpoint_folders(root):
             meta = _meta(path)
-            name = TRAINER_FOLDER.fullmatch(path.name)
+            named = formats.named_step(path.name)
             if meta.incomplete:
                 left_out.append((path, f"incomplete: {meta.incomplete}"))
             elif meta.step is None:
                 left_out.append((path, "its records do not say its step"))
-            elif name and int(name[1]) != meta.step:
+            elif named is not None and named != meta.step:
                 left_out.append((path, f"its name and its records differ: it says it is step {meta.step}"))
             else:
                 found.append((path, meta))
@@ -121,13 +120,15 @@ def is_checkpoint(path: Path) -> bool:
 
     A run may hold weights beside its checkpoints: trainers save the final model there.
     """
-    if TRAINER_FOLDER.fullmatch(path.name):
+    if formats.named_step(path.name) is not None:
         return path.exists()
-    return formats.is_checkpoint(path) and not (path.is_dir() and any(_trainer_folders(path)))
+    return formats.is_checkpoint(path) and not (path.is_dir() and any(_named_checkpoints(path)))
 
 
-def _trainer_folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.is_dir() and TRAINER_FOLDER.fullmatch(path.name))
+def _named_checkpoints(root: Path) -> list[Path]:
+    """Entries of a run that are named as some trainer names its checkpoints."""
+    named = [path for path in root.iterdir() if formats.named_step(path.name) is not None]
+    return sorted(path for path in named if path.is_dir() or formats.is_checkpoint(path))
 
 
 def from_checkpoints(paths: Sequence[Path], *, as_given: bool = False) -> Trajectory:
@@ -182,11 +183,11 @@ def _checkpoint_folders(root: Path) -> Iterator[Path]:
         raise InputError(f"{root} does not exist; expected a run: a folder with checkpoint-N folders in it")
     if not root.is_dir():
         raise InputError(f"{root} is a file; expected a run: a folder with checkpoint-N folders in it")
-    # a folder named like the Trainer's is a checkpoint even before it holds anything: it is being written
-    checkpoints = _trainer_folders(root)
+    # a folder named like a checkpoint is one even before it holds anything: it is being written
+    checkpoints = _named_checkpoints(root)
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not checkpoints:
-        checkpoints = [path for path in folders if (path / hf_trainer.STATE_FILE).is_file()]
+        checkpoints = [path for path in folders if formats.is_checkpoint(path)]
     if not checkpoints:
         inside = ", ".join(path.name for path in folders[:5]) or "no folder at all"
         raise InputError(
@@ -199,11 +200,7 @@ def _checkpoint_folders(root: Path) -> Iterator[Path]:
 def _meta(path: Path) -> CheckpointMeta:
     if not path.exists():
         raise InputError(f"{path} does not exist; expected a checkpoint")
-    if path.is_dir() and TRAINER_FOLDER.fullmatch(path.name) and not formats.is_checkpoint(path):
-        return CheckpointMeta(incomplete="no weights are there yet")
-    if path.is_dir():
-        return hf_trainer.read_meta(path)
-    return CheckpointMeta()
+    return formats.read_meta(path)
 
 
 def _surviving_lineage(
