@@ -12,7 +12,7 @@ import numpy as np
 from pma.errors import UsageError, printable
 from pma.formats.dcp_encoding import can_hold, encode
 from pma.formats.dcp_metadata import METADATA_FILE, ByteEntry, ChunkedTensor, Metadata
-from pma.formats.torch_archive import single_tensor_archive
+from pma.formats.torch_writing import single_tensor_archive
 from pma.types import DType, Fragment, OutputFile, Role, TensorSpec
 
 # archives keep their data at multiples of 64 bytes, and beginning at such a place they do so in the file as well

@@ -11,8 +11,11 @@ Source: torch 2.13, `torch/distributed/checkpoint/{metadata,filesystem,planner}.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -78,9 +81,6 @@ class _StandIn:
     __slots__ = ("state",)
     state: Any
 
-    def __init__(self, *_: object) -> None:
-        self.state = None
-
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
@@ -118,101 +118,128 @@ class _Unread(_StandIn):
 
     __slots__ = ()
 
+    def __new__(cls, *_: object) -> _Unread:
+        return object.__new__(cls)
+
+    def __init__(self, *_: object) -> None:
+        """Its arguments do not matter."""
+
 
 def parse(data: bytes, where: str, stored_bytes: int) -> Metadata:
     """Read a `.metadata`; `where` begins the message of an error. `stored_bytes`: size of the checkpoint's files.
 
     Raises FormatError for anything that torch would not have written.
     """
+    collecting = gc.isenabled()
+    gc.disable()  # nothing made here is garbage; looking for it among millions of objects doubles the time
+    try:
+        return _parse(data, where, stored_bytes)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _parse(data: bytes, where: str, stored_bytes: int) -> Metadata:
     # an item of a checkpoint has at least a kilobyte, so more names than its files have room for are a trick
-    budget_bytes = BUDGET_BYTES + min(2 * stored_bytes, _LARGEST_BUDGET_BYTES)
+    budget_bytes = BUDGET_BYTES + min(4 * stored_bytes, _LARGEST_BUDGET_BYTES)
     root = unpickle(data, where, globals=_KNOWN, budget_bytes=budget_bytes)
     fields = _fields(root, _Metadata, where)
     specs, stored = fields.get("state_dict_metadata"), fields.get("storage_data")
-    if not isinstance(specs, dict) or not isinstance(stored, dict):
+    if type(specs) is not dict or type(stored) is not dict:
         raise FormatError(f"{where}: expected names and where they are stored, found neither")
-    places = _Places(where)
-    for index, place in stored.items():
-        places.add(index, place)
+    places = _Places(stored, where)
     tensors: dict[str, ChunkedTensor] = {}
     entries: dict[str, ByteEntry] = {}
     for name, spec in specs.items():
-        if not isinstance(name, str):
+        if type(name) is not str:
             raise FormatError(f"{where}: a tensor's name is a {type(name).__name__}")
-        if isinstance(spec, _Tensor):
+        if type(spec) is _Tensor:
             tensors[name] = _tensor(name, spec, places, where)
-        elif isinstance(spec, _Bytes):
-            file, offset, length = places.find(name, None)
+        elif type(spec) is _Bytes:
+            file, offset, length = places.entry(name)
             entries[name] = ByteEntry(file=file, offset_bytes=offset, length_bytes=length)
         else:
             raise FormatError(f"{where}: {printable(name)} is neither a tensor nor bytes")
     paths = _paths(fields.get("planner_data"))
-    return Metadata(files=tuple(places.files), tensors=tensors, entries=entries, paths=paths)
+    return Metadata(files=places.files, tensors=tensors, entries=entries, paths=paths)
 
 
 class _Places:
     """Where items are stored, by name and first element."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, stored: Mapping[Any, Any], where: str) -> None:
         self._where = where
-        self.files: dict[str, int] = {}
-        self._found: dict[tuple[str, tuple[int, ...] | None], tuple[int, int, int]] = {}
+        self._items: dict[str, list[int]] = {}
+        self._starts: list[Any] = []
+        numbers: dict[str, int] = {}
+        rows: list[tuple[int, Any, Any]] = []
+        for index, place in stored.items():
+            key, item = _fields(index, _Index, where), _fields(place, _Storage, where)
+            name, file = key.get("fqn"), item.get("relative_path")
+            if type(name) is not str or type(file) is not str:
+                raise FormatError(f"{where}: an item has no name or no file")
+            if item.get("transform_descriptors"):
+                raise FormatError(
+                    f"{where}: {printable(name)} is stored compressed or otherwise transformed; "
+                    "save the checkpoint without extensions"
+                )
+            if file not in numbers:
+                numbers[_plain_name(file, where)] = len(numbers)
+            self._items.setdefault(name, []).append(len(rows))
+            self._starts.append(key.get("offset"))
+            rows.append((numbers[file], item.get("offset"), item.get("length")))
+        self.files = tuple(numbers)
+        self._rows = _counts(rows, 3, f"{where}: the place of an item")
 
-    def add(self, index: object, place: object) -> None:
-        """Take over one entry of `storage_data`."""
-        key = _fields(index, _Index, self._where)
-        name, start = key.get("fqn"), key.get("offset")
-        item = _fields(place, _Storage, self._where)
-        file, offset, length = item.get("relative_path"), item.get("offset"), item.get("length")
-        if type(name) is not str or type(file) is not str or not _is_count(offset) or not _is_count(length):
-            raise FormatError(f"{self._where}: an item's name or place is missing or not believable")
-        if item.get("transform_descriptors"):
-            raise FormatError(
-                f"{self._where}: {printable(name)} is stored compressed or otherwise transformed; "
-                "save the checkpoint without extensions"
-            )
-        number = self.files.get(file)
-        if number is None:
-            number = self.files[_plain_name(file, self._where)] = len(self.files)
-        at = None if start is None else _size(start, name, self._where)
-        if (name, at) in self._found:
-            raise FormatError(f"{self._where}: {printable(name)} at {at} is stored twice")
-        self._found[name, at] = (number, offset, length)
+    def entry(self, name: str) -> tuple[int, int, int]:
+        """File, offset and length of an entry of bytes."""
+        items = self._items.get(name, [])
+        if len(items) != 1 or self._starts[items[0]] is not None:
+            raise FormatError(f"{self._where}: {printable(name)} is not stored, or more than once")
+        file, offset, length = self._rows[items[0]].tolist()
+        return file, offset, length
 
-    def find(self, name: str, start: tuple[int, ...] | None) -> tuple[int, int, int]:
-        """(file, offset, length) of an item."""
-        place = self._found.get((name, start))
-        if place is None:
-            at = "" if start is None else f" at {start}"
-            raise FormatError(f"{self._where}: {printable(name)}{at} is not stored anywhere")
-        return place
+    def chunks(self, name: str, shape: tuple[int, ...], starts_CD: Integers) -> Integers:
+        """File, offset and length of the chunks of a tensor that begin at `starts_CD`."""
+        where = f"{self._where}: {printable(name)}"
+        items = self._items.get(name, [])
+        stored = _counts([self._starts[item] for item in items], len(shape), f"{where}: the place of a chunk")
+        # a number for each place in the tensor, or one past its end, where chunks of no element begin
+        steps = np.array([math.prod(size + 1 for size in shape[axis + 1 :]) for axis in range(len(shape))], np.int64)
+        if (stored > np.array(shape, np.int64)).any():
+            raise FormatError(f"{where}: a chunk is stored that begins outside the shape {shape}")
+        stored_S, wanted_C = stored @ steps, starts_CD @ steps
+        order = np.argsort(stored_S)
+        stored_S = stored_S[order]
+        if (stored_S[1:] == stored_S[:-1]).any():
+            raise FormatError(f"{where}: a chunk is stored twice")
+        at_C = np.searchsorted(stored_S, wanted_C)
+        if not len(stored_S) or (stored_S[np.minimum(at_C, len(stored_S) - 1)] != wanted_C).any():
+            raise FormatError(f"{where}: a chunk is not stored anywhere")
+        return self._rows[np.array(items, np.int64)[order[at_C]]]
 
 
 def _tensor(name: str, spec: _Tensor, places: _Places, where: str) -> ChunkedTensor:
     fields = _fields(spec, _Tensor, where)
-    shape = _size(fields.get("size"), name, where)
-    dtype = _dtype(fields.get("properties"), name, where)
-    listed = fields.get("chunks")
-    if not isinstance(listed, list) or not listed:
-        raise FormatError(f"{where}: {printable(name)} has no chunks")
-    rows: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
-    for chunk in listed:
-        box = _fields(chunk, _Chunk, where)
-        starts, sizes = _size(box.get("offsets"), name, where), _size(box.get("sizes"), name, where)
-        if len(starts) != len(shape) or len(sizes) != len(shape):
-            raise FormatError(f"{where}: {printable(name)}: a chunk has another number of dimensions")
-        # ranks that hold nothing of a small tensor save an empty chunk
-        if 0 not in sizes or 0 in shape:
-            rows.append((starts, sizes))
+    there = f"{where}: {printable(name)}"
+    size, listed = fields.get("size"), fields.get("chunks")
+    if type(size) is not tuple or len(size) > _MOST_DIMENSIONS or type(listed) is not list or not listed:
+        raise FormatError(f"{there} has no size or no chunks")
+    shape = tuple(_counts([size], len(size), f"{there}: the size")[0].tolist())
+    if math.prod(size + 1 for size in shape) >= 2**62:
+        raise FormatError(f"{there}: the size {shape} is not believable")
+    boxes = [_fields(chunk, _Chunk, where) for chunk in listed]
+    starts_CD = _counts([box.get("offsets") for box in boxes], len(shape), f"{there}: a chunk's place")
+    sizes_CD = _counts([box.get("sizes") for box in boxes], len(shape), f"{there}: a chunk's size")
     if 0 in shape:
-        rows = rows[:1]
-    # without rows the tensor is not covered, which the check below finds
-    starts_CD = np.array([starts for starts, _ in rows], np.int64).reshape(len(rows), len(shape))
-    sizes_CD = np.array([sizes for _, sizes in rows], np.int64).reshape(len(rows), len(shape))
-    check_cover(shape, starts_CD, sizes_CD, f"{where}: {printable(name)}")
-    found = np.array([places.find(name, starts) for starts, _ in rows], np.int64).reshape(len(rows), 3)
+        starts_CD, sizes_CD = starts_CD[:1], sizes_CD[:1]
+    else:  # ranks that hold nothing of a small tensor save an empty chunk
+        held_C = (sizes_CD > 0).all(axis=1)
+        starts_CD, sizes_CD = starts_CD[held_C], sizes_CD[held_C]
+    check_cover(shape, starts_CD, sizes_CD, there)
+    found = places.chunks(name, shape, starts_CD)
     return ChunkedTensor(
-        dtype=dtype,
+        dtype=_dtype(fields.get("properties"), name, where),
         shape=shape,
         starts_CD=starts_CD,
         sizes_CD=sizes_CD,
@@ -224,20 +251,22 @@ def _tensor(name: str, spec: _Tensor, places: _Places, where: str) -> ChunkedTen
 
 def _fields(value: object, expected: type[_StandIn], where: str) -> dict[str, Any]:
     state = getattr(value, "state", None) if type(value) is expected else None
-    if not isinstance(state, dict):
-        raise FormatError(f"{where}: expected a {expected.__name__[1:]}, found a {type(value).__name__}")
-    return state
+    if type(state) is dict:
+        return state
+    raise FormatError(f"{where}: expected a {expected.__name__[1:]}, found a {type(value).__name__.lstrip('_')}")
 
 
-def _size(value: object, name: str, where: str) -> tuple[int, ...]:
-    believable = isinstance(value, tuple) and len(value) <= _MOST_DIMENSIONS
-    if not believable or not all(map(_is_count, value)):  # type: ignore[arg-type]
-        raise FormatError(f"{where}: {printable(name)} has a size or place that is not believable")
-    return value  # type: ignore[return-value]
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**62
+def _counts(rows: Sequence[Any], columns: int, what: str) -> Integers:
+    """Rows of natural numbers as an array; `what` begins the message of an error."""
+    try:
+        # type() and not isinstance(): a truth value is an int to Python
+        if set(map(len, rows)) <= {columns} and set(map(type, chain.from_iterable(rows))) <= {int}:
+            array = np.array(rows, np.int64).reshape(len(rows), columns)
+            if ((array >= 0) & (array < 2**62)).all():
+                return array
+    except (TypeError, OverflowError):
+        pass
+    raise FormatError(f"{what} is not believable")
 
 
 def _dtype(properties: object, name: str, where: str) -> DType:
