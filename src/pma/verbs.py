@@ -126,7 +126,7 @@ def inspect(path: Path) -> dict[str, Any]:
     if path.is_dir() and not trajectory.is_checkpoint(path):
         return _inspect_run(path)
     with closing(formats.open_checkpoint(path)) as reader:
-        meta, identities, specs = reader.meta, reader.identities(), reader.tensors.values()
+        meta, identities, specs = formats.read_meta(path), reader.identities(), reader.tensors.values()
         return {
             "path": str(path),
             "real_path": str(path.resolve()),
