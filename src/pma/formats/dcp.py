@@ -71,16 +71,23 @@ class Reader(DcpReader):
     @cached_property
     def meta(self) -> CheckpointMeta:
         if self.profile is ACCELERATE:
-            return _with_rate(hf_trainer.read_meta(self.path), self)
+            return self._completed(hf_trainer.read_meta(self.path))
         if self.profile is OLMO_CORE:
-            return _olmo_meta(self)
+            return self._completed(_olmo_meta(self))
         step = next((n for n in (_count(_value(self, name)) for name in self.profile.step) if n is not None), None)
         tokens, source = None, self.profile.tokens_unreliable
         for name in self.profile.tokens:
             counted = _count(_value(self, name))
             if counted:  # 0 where the trainer does not count
                 tokens, source = counted, name
-        return _with_rate(CheckpointMeta(step=step, tokens=tokens, tokens_source=source), self)
+        return self._completed(CheckpointMeta(step=step, tokens=tokens, tokens_source=source))
+
+    def _completed(self, meta: CheckpointMeta) -> CheckpointMeta:
+        """With the step of the folder's name and the optimizer's learning rate, where no other record has them."""
+        named = CHECKPOINT_NAME.fullmatch(self.path.name)
+        if meta.step is None and named is not None:
+            meta = replace(meta, step=int(named["step"]))
+        return _with_rate(meta, self)
 
 
 def read_meta(path: Path) -> CheckpointMeta:
@@ -141,7 +148,7 @@ def _olmo_meta(reader: Reader) -> CheckpointMeta:
     state = _train_state(reader.folder) if not merged else {}
     step, tokens = _count(state.get("global_step")), _count(state.get("global_train_tokens_seen"))
     source = f"global_train_tokens_seen in {_OLMO_STATE}" if tokens is not None else None
-    return _with_rate(CheckpointMeta(step=step, tokens=tokens, tokens_source=source), reader)
+    return CheckpointMeta(step=step, tokens=tokens, tokens_source=source)
 
 
 def _train_state(folder: LocalFolder) -> Mapping[str, Any]:

@@ -309,6 +309,7 @@ def _known() -> dict[str, object]:
         f"{metadata}.StorageMeta": _Unread,
         f"{metadata}._MEM_FORMAT_ENCODING": _Unread,
         f"{_CHECKPOINT}.filesystem._StorageInfo": _Storage,
+        "olmo_core.distributed.checkpoint.filesystem._StorageInfo": _Storage,
         "torch.serialization._get_layout": _Unread,
         "torch.Size": tuple,
     }
