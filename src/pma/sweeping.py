@@ -161,6 +161,7 @@ def merge_key(plan: Plan) -> str:
             "dtype": options.dtype.name if options.dtype else None,
             "exclude": list(options.exclude),
             "copy": list(options.copy),
+            "with_optimizer": options.with_optimizer,
             "allow_nonfinite": options.allow_nonfinite,
             "beside": {name: blake3(data).hexdigest() for name, data in plan.side_files.items()},
         }
