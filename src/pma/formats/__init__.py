@@ -24,7 +24,7 @@ __all__ = [
     "read_meta",
 ]
 
-_BUILT_IN = ("pma.formats.safetensors", "pma.formats.dcp")
+_BUILT_IN = ("pma.formats.safetensors", "pma.formats.megatron", "pma.formats.dcp")
 
 
 def _formats() -> Iterator[FormatModule]:

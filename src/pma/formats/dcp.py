@@ -1,7 +1,8 @@
-"""PyTorch distributed checkpoints (DCP), as torchtitan, OLMo-core, accelerate, Composer and plain programs save them.
+"""PyTorch distributed checkpoints (DCP), as torchtitan, OLMo-core, accelerate, Composer and plain programs
+save them.
 
-A folder holds `.metadata`, written last, and `.distcp` files, in which every chunk of a tensor is an archive of
-torch.save of its own. The folder may lie inside the checkpoint's.
+A folder holds `.metadata`, written last, and `.distcp` files, in which every chunk of a tensor is an
+archive of torch.save of its own. The folder may lie inside the checkpoint's.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +68,15 @@ class Reader(DcpReader):
     def recognise(self, names: Mapping[str, object]) -> Profile:
         return recognised(names.keys())
 
-    @cached_property
-    def meta(self) -> CheckpointMeta:
+    def read_meta(self) -> CheckpointMeta:
+        """What the trainer recorded."""
         if self.profile is ACCELERATE:
             return self._completed(hf_trainer.read_meta(self.path))
         if self.profile is OLMO_CORE:
             return self._completed(_olmo_meta(self))
-        step = next((n for n in (_count(_value(self, name)) for name in self.profile.step) if n is not None), None)
+        step = next(
+            (n for n in (_count(_value(self, name)) for name in self.profile.step) if n is not None), None
+        )
         tokens, source = None, self.profile.tokens_unreliable
         for name in self.profile.tokens:
             counted = _count(_value(self, name))
@@ -83,7 +85,9 @@ class Reader(DcpReader):
         return self._completed(CheckpointMeta(step=step, tokens=tokens, tokens_source=source))
 
     def _completed(self, meta: CheckpointMeta) -> CheckpointMeta:
-        """With the step of the folder's name and the optimizer's learning rate, where no other record has them."""
+        """With the step of the folder's name and the optimizer's learning rate, where no other record has
+        them.
+        """
         named = CHECKPOINT_NAME.fullmatch(self.path.name)
         if meta.step is None and named is not None:
             meta = replace(meta, step=int(named["step"]))
@@ -100,14 +104,14 @@ def read_meta(path: Path) -> CheckpointMeta:
     except InputError as error:
         return CheckpointMeta(incomplete=str(error))
     try:
-        return reader.meta
+        return reader.read_meta()
     finally:
         reader.close()
 
 
 def plan_layout(tensors: Mapping[str, TensorSpec], like: CheckpointReader | None) -> Layout:
-    """Where each tensor of an output goes: chunks and files as in `like`; without it, whole tensors in files of
-    some gigabytes.
+    """Where each tensor of an output goes: chunks and files as in `like`; without it, whole tensors in
+    files of some gigabytes.
 
     Training state beside the DCP folder goes along if tensors of it do.
     """
@@ -182,5 +186,3 @@ def _value(reader: Reader, name: str) -> Any:
 
 def _count(value: object) -> int | None:
     return value if type(value) is int and 0 <= value < 2**63 else None
-
-

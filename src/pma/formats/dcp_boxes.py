@@ -18,8 +18,8 @@ _MOST_CELLS = 2**24
 def check_cover(shape: tuple[int, ...], starts_CD: Integers, sizes_CD: Integers, where: str) -> None:
     """Raises FormatError, beginning with `where`, for a chunk outside the tensor, an overlap or a hole.
 
-    The edges of all chunks cut the tensor into cells; each chunk is a box of whole cells, and as many cells as
-    there are must be covered, each once.
+    The edges of all chunks cut the tensor into cells; each chunk is a box of whole cells, and as many cells
+    as there are must be covered, each once.
     """
     limits = np.array(shape, np.int64)
     ends_CD = starts_CD + sizes_CD

@@ -1,12 +1,12 @@
-"""A distributed checkpoint: one folder of `.metadata` and `.distcp` files, or several in one checkpoint, read as
-named tensors.
+"""A distributed checkpoint: one folder of `.metadata` and `.distcp` files, or several in one checkpoint,
+read as named tensors.
 """
 
 # C chunks of a tensor, D dimensions
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from pma.formats.torch_archive import read_archive
 from pma.types import Box, Fragment, TensorSpec
 
 #: values of training state that are read are a few numbers
-_LARGEST_VALUE_BYTES = 2**20
+_LARGEST_VALUE_BYTES = 16 * 2**20
 
 
 class Part:
@@ -37,7 +37,9 @@ class Part:
         self.prefix = prefix
         name = prefix + METADATA_FILE
         if not (folder.path / name).is_file():
-            raise IncompleteError(f"{folder.path / name} is missing; it is written last, so the save did not finish")
+            raise IncompleteError(
+                f"{folder.path / name} is missing; it is written last, so the save did not finish"
+            )
         data = folder.read_whole(name, LARGEST_METADATA_BYTES)
         self.digest = blake3(data).hexdigest()
         inside = [found for found in (folder.path / prefix).iterdir() if found.suffix == ".distcp"]
@@ -77,6 +79,10 @@ class DcpReader(FileReader):
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorSpec]:
+        return self.stored()
+
+    def stored(self) -> dict[str, TensorSpec]:
+        """Everything that is stored, with its role."""
         shapes = {name: t.shape for part in self.parts for name, t in part.metadata.tensors.items()}
         found = {}
         for part in self.parts:
@@ -104,7 +110,9 @@ class DcpReader(FileReader):
         tensor = part.metadata.tensors.get(name)
         if tensor is None:
             return super().runs(name, start, stop, box)
-        low_D, high_D = (np.array(edge, np.int64) for edge in _asked(box or whole_box(spec.shape), start, stop))
+        low_D, high_D = (
+            np.array(edge, np.int64) for edge in _asked(box or whole_box(spec.shape), start, stop)
+        )
         ends_CD = tensor.starts_CD + tensor.sizes_CD
         wanted = np.flatnonzero(((tensor.starts_CD < high_D) & (ends_CD > low_D)).all(axis=1))
         return runs_of(spec, self._chunks(part, name, wanted), start, stop, box)
@@ -112,9 +120,11 @@ class DcpReader(FileReader):
     @cached_property
     def layout_digest(self) -> str:
         digest = blake3()
-        for name in self._home:
-            for fragment in (self._home[name].metadata.entries.get(name),):
-                digest.update(f"{name}\0{fragment}\0{self.tensors[name]}\0".encode("utf-8", "surrogatepass"))
+        for name, spec in self.tensors.items():
+            entry = self._home[name].metadata.entries.get(name)
+            digest.update(
+                f"{name}\0{entry}\0{spec.dtype.value[0]}{spec.shape}\0".encode("utf-8", "surrogatepass")
+            )
             tensor = self._home[name].metadata.tensors.get(name)
             if tensor is not None:
                 for column in (tensor.starts_CD, tensor.sizes_CD, tensor.file_C, self._data_offsets(name)):
@@ -123,8 +133,8 @@ class DcpReader(FileReader):
             digest.update("\0".join(("", *part.files)).encode())
         return digest.hexdigest()
 
-    def value(self, name: str) -> Any:
-        """A small value of the training state, read as inert records; None where there is none."""
+    def value(self, name: str, records: Collection[str] = ()) -> Any:
+        """A small value of the training state; None where there is none. `records`: see `unpickle`."""
         part = self._home.get(name)
         if part is None:
             return None
@@ -139,7 +149,8 @@ class DcpReader(FileReader):
             return int.from_bytes(into, "little", signed=True)
         if entry.length_bytes > _LARGEST_VALUE_BYTES:
             return None
-        return read_archive(self.folder, part.files[entry.file], entry.offset_bytes, entry.length_bytes).value
+        file = part.files[entry.file]
+        return read_archive(self.folder, file, entry.offset_bytes, entry.length_bytes, records=records).value
 
     def _chunks(self, part: Part, name: str, numbers: NDArray[np.int64]) -> tuple[Fragment, ...]:
         tensor, offsets_C = part.metadata.tensors[name], self._data_offsets(name)
@@ -182,8 +193,8 @@ def _check_places(metadata: Metadata, file_bytes: list[int], folder: Path) -> No
     if len(beyond):
         file = int(numbers[beyond[0]])
         raise IncompleteError(
-            f"{folder / metadata.files[file]} has {file_bytes[file]} bytes, but {METADATA_FILE} places an item up "
-            f"to byte {ends[beyond[0]]}. It was cut short, or belongs to another save"
+            f"{folder / metadata.files[file]} has {file_bytes[file]} bytes, but {METADATA_FILE} places an item "
+            f"up to byte {ends[beyond[0]]}. It was cut short, or belongs to another save"
         )
     over = np.flatnonzero((numbers[1:] == numbers[:-1]) & (starts[1:] < ends[:-1]))
     if len(over):

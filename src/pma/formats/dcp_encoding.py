@@ -1,7 +1,7 @@
 """Writes a `.metadata` that torch.distributed.checkpoint reads, byte by byte: torch itself is never imported.
 
-The pickle names torch's classes and gives each its attributes, as torch 2.13 does (protocol 4). What occurs often
-is remembered and referred to, so that 400,000 chunks stay below 50 MB.
+The pickle names torch's classes and gives each its attributes, as torch 2.13 does (protocol 4). What occurs
+often is remembered and referred to, so that 400,000 chunks stay below 50 MB.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def encode(metadata: Metadata) -> bytes:
     out.text("version")
     out.text(_VERSION)
     out.raw(SETITEM + BUILD + STOP)
-    return out.bytes()
+    return out.finished()
 
 
 def _tensor(out: _Pickle, tensor: ChunkedTensor) -> None:
@@ -167,7 +167,7 @@ class _Pickle:
         self._parts = [PROTO + b"\x04"]
         self._memo: dict[Hashable, bytes] = {}
 
-    def bytes(self) -> bytes:
+    def finished(self) -> bytes:
         """All of it."""
         return b"".join(self._parts)
 
@@ -227,5 +227,3 @@ class _Pickle:
         code = BINGET if short else LONG_BINGET
         self._memo[key] = code + number.to_bytes(1 if short else 4, "little")
         self._parts.append(MEMOIZE)
-
-

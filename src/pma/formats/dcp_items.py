@@ -1,8 +1,9 @@
-"""Where the elements lie inside stored items: each item of a distributed checkpoint is a file of its own format.
+"""Where the elements lie inside stored items: each item of a distributed checkpoint is a file of its own
+format.
 
-torch.save's archives keep a tensor's bytes in one piece, but where it begins depends on the version that wrote it
-and on the tensor's strides. One item of each kind is parsed; the others of that kind must begin with the same bytes,
-except for a checksum. A few hundred bytes are read of each.
+torch.save's archives keep a tensor's bytes in one piece, but where it begins depends on the version that
+wrote it and on the tensor's strides. One item of each kind is parsed; the others of that kind must begin
+with the same bytes, except for a checksum. A few hundred bytes are read of each.
 """
 
 # C chunks of a tensor, D dimensions
@@ -18,7 +19,7 @@ from pma.errors import FormatError, printable
 from pma.formats.dcp_metadata import ChunkedTensor
 from pma.formats.folder import LocalFolder
 from pma.formats.torch_archive import StoredTensor, read_archive
-from pma.types import DType, Fragment
+from pma.types import DType
 
 Integers = NDArray[np.int64]
 _MEMBER = b"PK\x03\x04"  # begins each member of a zip file; its checksum is 14 bytes further
@@ -46,12 +47,14 @@ class Items:
         self._forms: dict[Kind, _Form] = {}
 
     def data_offsets(self, name: str, tensor: ChunkedTensor) -> Integers:
-        """Byte offset, in its file, of each chunk's first element. Raises FormatError where an item is not what
-        the metadata say.
+        """Byte offset, in its file, of each chunk's first element. Raises FormatError where an item is not
+        what the metadata say.
         """
         offsets_C = np.empty(len(tensor.file_C), np.int64)
         columns = (tensor.sizes_CD, tensor.file_C, tensor.offset_C, tensor.length_C)
-        for chunk, (sizes, file, offset, length) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+        for chunk, (sizes, file, offset, length) in enumerate(
+            zip(*(c.tolist() for c in columns), strict=True)
+        ):
             kind = (tensor.dtype, tuple(sizes), length)
             offsets_C[chunk] = offset + self._data_offset(name, kind, self._files[file], offset)
         return offsets_C
@@ -75,7 +78,8 @@ class Items:
             raise FormatError(f"{where} should be a tensor, found a {type(value).__name__}")
         if value.dtype is not dtype or tuple(value.shape) != sizes:
             raise FormatError(
-                f"{where}: stored as {value.dtype.value[0]} {tuple(value.shape)}, expected {dtype.value[0]} {sizes}"
+                f"{where}: stored as {value.dtype.value[0]} {tuple(value.shape)}, "
+                f"expected {dtype.value[0]} {sizes}"
             )
         if not value.contiguous:
             raise FormatError(f"{where} is stored with strides {value.stride}; save a contiguous copy of it")

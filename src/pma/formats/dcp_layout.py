@@ -15,7 +15,8 @@ from pma.formats.dcp_metadata import METADATA_FILE, ByteEntry, ChunkedTensor, Me
 from pma.formats.torch_writing import single_tensor_archive
 from pma.types import DType, Fragment, OutputFile, Role, TensorSpec
 
-# archives keep their data at multiples of 64 bytes, and beginning at such a place they do so in the file as well
+# archives keep their data at multiples of 64 bytes, and beginning at such a place they do so in the file as
+# well
 _ALIGNMENT = 64
 _FILE_BYTES = 4 * 2**30
 _WEIGHTS = frozenset({Role.PARAMETER, Role.BUFFER, Role.OPAQUE})
@@ -63,9 +64,12 @@ def part_layout(
     for name, tensor in kept.tensors.items():
         if not can_hold(tensor.dtype):
             raise UsageError(f"{printable(name)} is {tensor.dtype.value[0]}, a type that torch does not have")
-    placed = {name: (np.empty_like(t.offset_C), np.empty_like(t.length_C)) for name, t in kept.tensors.items()}
+    placed = {
+        name: (np.empty_like(t.offset_C), np.empty_like(t.length_C)) for name, t in kept.tensors.items()
+    }
     entries = dict(kept.entries)
-    files, names = [], []
+    files: list[OutputFile] = []
+    names: list[tuple[int, str]] = []
     for number, items in enumerate(_by_file(kept)):
         if not items:
             continue
@@ -86,7 +90,9 @@ def part_layout(
         name: replace(t, file_C=renumbered[t.file_C], offset_C=placed[name][0], length_C=placed[name][1])
         for name, t in kept.tensors.items()
     }
-    done = Metadata(files=tuple(name for _, name in names), tensors=tensors, entries=entries, paths=kept.paths)
+    done = Metadata(
+        files=tuple(name for _, name in names), tensors=tensors, entries=entries, paths=kept.paths
+    )
     return files, {prefix + METADATA_FILE: encode(done)}
 
 

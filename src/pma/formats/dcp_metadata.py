@@ -1,8 +1,8 @@
-"""What a distributed checkpoint's `.metadata` says, read without running it: where every chunk of every tensor
-is stored.
+"""What a distributed checkpoint's `.metadata` says, read without running it: where every chunk of every
+tensor is stored.
 
-torch pickles a `Metadata` there. Only the classes that torch puts in are known to the unpickler, and each becomes
-a stand-in of ours; anything else in the file is an error. Writing is `dcp_encoding`'s part.
+torch pickles a `Metadata` there. Only the classes that torch puts in are known to the unpickler, and each
+becomes a stand-in of ours; anything else in the file is an error. Writing is `dcp_encoding`'s part.
 
 Source: torch 2.13, `torch/distributed/checkpoint/{metadata,filesystem,planner}.py`.
 """
@@ -126,7 +126,8 @@ class _Unread(_StandIn):
 
 
 def parse(data: bytes, where: str, stored_bytes: int) -> Metadata:
-    """Read a `.metadata`; `where` begins the message of an error. `stored_bytes`: size of the checkpoint's files.
+    """Read a `.metadata`; `where` begins the message of an error. `stored_bytes`: size of the checkpoint's
+    files.
 
     Raises FormatError for anything that torch would not have written.
     """
@@ -205,7 +206,9 @@ class _Places:
         items = self._items.get(name, [])
         stored = _counts([self._starts[item] for item in items], len(shape), f"{where}: the place of a chunk")
         # a number for each place in the tensor, or one past its end, where chunks of no element begin
-        steps = np.array([math.prod(size + 1 for size in shape[axis + 1 :]) for axis in range(len(shape))], np.int64)
+        steps = np.array(
+            [math.prod(size + 1 for size in shape[axis + 1 :]) for axis in range(len(shape))], np.int64
+        )
         if (stored > np.array(shape, np.int64)).any():
             raise FormatError(f"{where}: a chunk is stored that begins outside the shape {shape}")
         stored_S, wanted_C = stored @ steps, starts_CD @ steps
@@ -253,7 +256,9 @@ def _fields(value: object, expected: type[_StandIn], where: str) -> dict[str, An
     state = getattr(value, "state", None) if type(value) is expected else None
     if type(state) is dict:
         return state
-    raise FormatError(f"{where}: expected a {expected.__name__[1:]}, found a {type(value).__name__.lstrip('_')}")
+    raise FormatError(
+        f"{where}: expected a {expected.__name__[1:]}, found a {type(value).__name__.lstrip('_')}"
+    )
 
 
 def _counts(rows: Sequence[Any], columns: int, what: str) -> Integers:
