@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pma.errors import FormatError, IncompleteError, printable
 from pma.formats import dcp_metadata
 from pma.formats.dcp_items import Items
-from pma.formats.dcp_metadata import LARGEST_METADATA_BYTES, METADATA_FILE, ChunkedTensor, Metadata
+from pma.formats.dcp_metadata import LARGEST_METADATA_BYTES, METADATA_FILE, Metadata
 from pma.formats.dcp_profiles import Profile
 from pma.formats.folder import LocalFolder
 from pma.formats.reader import FileReader
@@ -186,30 +186,17 @@ def _asked(box: Box, start: int, stop: int) -> tuple[list[int], list[int]]:
 
 def _check_places(metadata: Metadata, file_bytes: list[int], folder: Path) -> None:
     """Every stored item lies in its file, and none over another."""
-    numbers, starts, lengths = _places(metadata)
+    numbers, starts, lengths = metadata.items.T
     order = np.lexsort((starts, numbers))
     numbers, starts, ends = numbers[order], starts[order], (starts + lengths)[order]
     beyond = np.flatnonzero(ends > np.array(file_bytes, np.int64)[numbers])
     if len(beyond):
         file = int(numbers[beyond[0]])
         raise IncompleteError(
-            f"{folder / metadata.files[file]} has {file_bytes[file]} bytes, but {METADATA_FILE} places an item "
+            f"{folder / metadata.files[file]} has {file_bytes[file]} bytes, but {METADATA_FILE} has an item "
             f"up to byte {ends[beyond[0]]}. It was cut short, or belongs to another save"
         )
     over = np.flatnonzero((numbers[1:] == numbers[:-1]) & (starts[1:] < ends[:-1]))
     if len(over):
         file, start = int(numbers[over[0] + 1]), int(starts[over[0] + 1])
         raise FormatError(f"{folder / metadata.files[file]}: items overlap at byte {start}")
-
-
-def _places(metadata: Metadata) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """File number, offset and length of every stored item."""
-    entries = np.array(
-        [(e.file, e.offset_bytes, e.length_bytes) for e in metadata.entries.values()], np.int64
-    ).reshape(-1, 3)
-    tensors: list[ChunkedTensor] = list(metadata.tensors.values())
-    return (
-        np.concatenate([entries[:, 0], *(t.file_C for t in tensors)]),
-        np.concatenate([entries[:, 1], *(t.offset_C for t in tensors)]),
-        np.concatenate([entries[:, 2], *(t.length_C for t in tensors)]),
-    )

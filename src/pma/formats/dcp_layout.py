@@ -1,4 +1,4 @@
-"""Where the chunks of an output go, and every byte around them: archives of torch.save and the `.metadata`."""
+"""Where the chunks of an output go, and every byte around them: archives of torch.save, and `.metadata`."""
 
 # C chunks of a tensor, D dimensions
 
@@ -19,6 +19,7 @@ from pma.types import DType, Fragment, OutputFile, Role, TensorSpec
 # well
 _ALIGNMENT = 64
 _FILE_BYTES = 4 * 2**30
+_NOTHING = np.empty((0, 3), np.int64)
 _WEIGHTS = frozenset({Role.PARAMETER, Role.BUFFER, Role.OPAQUE})
 
 
@@ -50,7 +51,7 @@ def fresh(tensors: Mapping[str, TensorSpec]) -> Metadata:
             )
         filled += spec.length_bytes
     files = tuple(f"__0_{file}.distcp" for file in range(number + 1))
-    return Metadata(files=files, tensors=chunked, entries=entries, paths={})
+    return Metadata(files=files, tensors=chunked, entries=entries, paths={}, items=_NOTHING)
 
 
 def part_layout(
@@ -90,9 +91,7 @@ def part_layout(
         name: replace(t, file_C=renumbered[t.file_C], offset_C=placed[name][0], length_C=placed[name][1])
         for name, t in kept.tensors.items()
     }
-    done = Metadata(
-        files=tuple(name for _, name in names), tensors=tensors, entries=entries, paths=kept.paths
-    )
+    done = replace(kept, files=tuple(name for _, name in names), tensors=tensors, entries=entries)
     return files, {prefix + METADATA_FILE: encode(done)}
 
 
@@ -100,7 +99,7 @@ def _only(source: Metadata, wanted: Mapping[str, TensorSpec]) -> Metadata:
     tensors = {n: replace(t, dtype=wanted[n].dtype) for n, t in source.tensors.items() if n in wanted}
     entries = {name: entry for name, entry in source.entries.items() if name in wanted}
     paths = {name: path for name, path in source.paths.items() if name in wanted}
-    return Metadata(files=source.files, tensors=tensors, entries=entries, paths=paths)
+    return replace(source, tensors=tensors, entries=entries, paths=paths, items=_NOTHING)
 
 
 def _by_file(metadata: Metadata) -> list[list[tuple[int, str, int | None]]]:

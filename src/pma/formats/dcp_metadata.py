@@ -67,12 +67,14 @@ class Metadata:
     """The content of a `.metadata`.
 
     `paths`: for every name of a nested state dict the keys that lead to it; empty where there was no nesting.
+    `items`: number of the file, offset and length of everything stored, also of what holds no element.
     """
 
     files: tuple[str, ...]
     tensors: Mapping[str, ChunkedTensor]
     entries: Mapping[str, ByteEntry]
     paths: Mapping[str, tuple[str | int, ...]]
+    items: Integers
 
 
 class _StandIn:
@@ -162,7 +164,7 @@ def _parse(data: bytes, where: str, stored_bytes: int) -> Metadata:
         else:
             raise FormatError(f"{where}: {printable(name)} is neither a tensor nor bytes")
     paths = _paths(fields.get("planner_data"))
-    return Metadata(files=places.files, tensors=tensors, entries=entries, paths=paths)
+    return Metadata(files=places.files, tensors=tensors, entries=entries, paths=paths, items=places.rows)
 
 
 class _Places:
@@ -190,14 +192,14 @@ class _Places:
             self._starts.append(key.get("offset"))
             rows.append((numbers[file], item.get("offset"), item.get("length")))
         self.files = tuple(numbers)
-        self._rows = _counts(rows, 3, f"{where}: the place of an item")
+        self.rows = _counts(rows, 3, f"{where}: the place of an item")
 
     def entry(self, name: str) -> tuple[int, int, int]:
         """File, offset and length of an entry of bytes."""
         items = self._items.get(name, [])
         if len(items) != 1 or self._starts[items[0]] is not None:
             raise FormatError(f"{self._where}: {printable(name)} is not stored, or more than once")
-        file, offset, length = self._rows[items[0]].tolist()
+        file, offset, length = self.rows[items[0]].tolist()
         return file, offset, length
 
     def chunks(self, name: str, shape: tuple[int, ...], starts_CD: Integers) -> Integers:
@@ -219,7 +221,7 @@ class _Places:
         at_C = np.searchsorted(stored_S, wanted_C)
         if not len(stored_S) or (stored_S[np.minimum(at_C, len(stored_S) - 1)] != wanted_C).any():
             raise FormatError(f"{where}: a chunk is not stored anywhere")
-        return self._rows[np.array(items, np.int64)[order[at_C]]]
+        return self.rows[np.array(items, np.int64)[order[at_C]]]
 
 
 def _tensor(name: str, spec: _Tensor, places: _Places, where: str) -> ChunkedTensor:
