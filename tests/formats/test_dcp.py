@@ -1,4 +1,4 @@
-"""Distributed checkpoints that torch wrote from 1, 2 and 4 ranks: read, merged across shardings, loaded back."""
+"""Distributed checkpoints of 1, 2 and 4 ranks, written by torch: read, merged across shardings, loaded."""
 
 import shutil
 import subprocess

@@ -40,10 +40,11 @@ class Part:
             raise IncompleteError(
                 f"{folder.path / name} is missing; it is written last, so the save did not finish"
             )
-        data = folder.read_whole(name, LARGEST_METADATA_BYTES)
-        self.digest = blake3(data).hexdigest()
         inside = [found for found in (folder.path / prefix).iterdir() if found.suffix == ".distcp"]
         stored_bytes = sum(found.stat().st_size for found in inside)
+        # each name has an item of a kilobyte or more in the files
+        data = folder.read_whole(name, min(LARGEST_METADATA_BYTES, stored_bytes + 2**20))
+        self.digest = blake3(data).hexdigest()
         where = str(folder.path / name)
         self.metadata: Metadata = dcp_metadata.parse(data, where, stored_bytes)
         self.files = tuple(prefix + file for file in self.metadata.files)

@@ -51,12 +51,15 @@ class _Encoder:
         self.parts: list[bytes] = []
         self.tensors: list[TensorSpec] = []
         self._names: dict[str, int] = {}
+        self._written: dict[int, int] = {}
+        self._alive: list[Any] = []  # identities are those of values that exist
+        self._remembered = 0
         self._bytes = 0
 
     def _emit(self, *parts: bytes) -> None:
         self.parts.extend(parts)
         self._bytes += sum(map(len, parts))
-        if self._bytes > _MOST_BYTES:  # a value that refers to others many times is written as often
+        if self._bytes > _MOST_BYTES:
             raise CannotEncode("it is too large")
 
     def put(self, value: Any, depth: int) -> None:
@@ -68,6 +71,10 @@ class _Encoder:
             self._emit(simple(value))
         elif type(value) in _CONTAINERS:
             _CONTAINERS[type(value)](self, value, depth + 1)
+        elif id(value) in self._written:
+            self._emit(b"j" + struct.pack("<I", self._written[id(value)]))
+        elif type(value) in _SHARED:
+            _SHARED[type(value)](self, value, depth + 1)
         elif isinstance(value, Record):
             self._record(value, depth + 1)
         else:
@@ -81,8 +88,18 @@ class _Encoder:
         module, _, name = dotted.rpartition(".")
         if not module or "\n" in dotted:
             raise CannotEncode("a name cannot be written")
-        self._names[dotted] = len(self._names)
-        self._emit(f"c{module}\n{name}\n".encode(), b"r" + struct.pack("<I", self._names[dotted]))
+        self._emit(f"c{module}\n{name}\n".encode())
+        self._names[dotted] = self._remember()
+
+    def begun(self, value: Any) -> None:
+        """What was written last is `value`, which may occur again: a reference to it is written then."""
+        self._written[id(value)] = self._remember()
+        self._alive.append(value)
+
+    def _remember(self) -> int:
+        self._emit(b"r" + struct.pack("<I", self._remembered))
+        self._remembered += 1
+        return self._remembered - 1
 
     def items(self, mapping: dict[Any, Any], depth: int) -> None:
         """Entries of the mapping that was written last."""
@@ -107,6 +124,7 @@ class _Encoder:
 
     def ordered(self, value: OrderedMapping, depth: int) -> None:
         self.call(_ORDERED, depth=depth)
+        self.begun(value)
         self.items(value, depth)
         if value.attributes:
             self.put(value.attributes, depth)
@@ -138,8 +156,9 @@ class _Encoder:
         self.put(spec.element_count if typed else spec.length_bytes, depth)
         self._emit(b"tQ")
         self.put(0, depth)
-        self.put(spec.shape, depth)
-        self.put(_row_major(spec.shape), depth)
+        for counts in (spec.shape, _row_major(spec.shape)):
+            self.elements(counts, depth)
+            self._emit(b"t")
         self.put(place.requires_grad and not place.parameter, depth)
         self.call(_ORDERED, depth=depth)
         if not typed:
@@ -148,11 +167,12 @@ class _Encoder:
         self.tensors.append(spec)
 
     def _record(self, record: Record, depth: int) -> None:
-        if record.kwargs:
+        if record.kwargs or record.name == "numpy.ndarray":
             raise CannotEncode("an object made with named arguments cannot be written in protocol 2")
         self.name(record.name)
         self.elements(record.args, depth)
         self._emit(b"tR" if record.called else b"t\x81")
+        self.begun(record)
         if record.elements:
             self.elements(record.elements, depth)
             self._emit(b"e")
@@ -197,31 +217,39 @@ _SIMPLE: dict[type, Callable[[Any], bytes]] = {
 def _tuple(encoder: _Encoder, value: tuple[Any, ...], depth: int) -> None:
     encoder.elements(value, depth)
     encoder._emit(b"t")
+    if value:
+        encoder.begun(value)
 
 
 def _list(encoder: _Encoder, value: list[Any], depth: int) -> None:
     encoder._emit(b"]")
+    encoder.begun(value)
     encoder.elements(value, depth)
     encoder._emit(b"e")
 
 
 def _dict(encoder: _Encoder, value: dict[Any, Any], depth: int) -> None:
     encoder._emit(b"}")
+    encoder.begun(value)
     encoder.items(value, depth)
 
 
 def _default(encoder: _Encoder, value: DefaultMapping, depth: int) -> None:
     factory = [Named(value.factory)] if value.factory else []
     encoder.call("collections.defaultdict", *factory, depth=depth)
+    encoder.begun(value)
     encoder.items(value, depth)
 
 
-_CONTAINERS: dict[type, Callable[[_Encoder, Any, int], None]] = {
+# what may occur several times in a value, or in itself
+_SHARED: dict[type, Callable[[_Encoder, Any, int], None]] = {
     tuple: _tuple,
     list: _list,
     dict: _dict,
     OrderedMapping: _Encoder.ordered,
     DefaultMapping: _default,
+}
+_CONTAINERS: dict[type, Callable[[_Encoder, Any, int], None]] = {
     TensorPlace: _Encoder.tensor,
     TensorSpec: _Encoder.tensor,
     Size: lambda encoder, value, depth: encoder.call("torch.Size", tuple(value), depth=depth),

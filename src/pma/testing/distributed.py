@@ -1,4 +1,4 @@
-"""Distributed checkpoints made and read by torch itself: programs under torchrun on CPU, and torch's own loader."""
+"""Distributed checkpoints made and read by torch itself: programs under torchrun on CPU, and its loader."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def torchrun(script: Path, ranks: int, *arguments: object) -> None:
-    """Run `script` in so many processes that talk by gloo. Raises AssertionError with its output if it fails."""
+    """Run `script` in so many processes on CPU. Raises AssertionError with its output if it fails."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={ranks}", str(script), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -20,7 +20,7 @@ def torchrun(script: Path, ranks: int, *arguments: object) -> None:
 
 
 def load_dcp(folder: Path) -> dict[str, Any]:
-    """The state dict of a DCP folder, flat or nested as it was saved, whole tensors, by torch's own loader."""
+    """The state dict of a DCP folder, flat or nested as it was saved, in whole tensors, by torch's loader."""
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
