@@ -118,6 +118,8 @@ class Reader(DcpReader):
         else:
             name = next((n for n in self.tensors if _COMMON_ENTRY.fullmatch(n)), None)
             value = self.value(name, _RECORDS) if name is not None else None
+            # megatron-core saves an object as the list of its shards
+            value = value[0] if isinstance(value, list) and value else value
         return value if isinstance(value, dict) else {}
 
 

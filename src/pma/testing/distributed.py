@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ def torchrun(script: Path, ranks: int, *arguments: object) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
 
-def load_dcp(folder: Path) -> dict[str, Any]:
-    """The state dict of a DCP folder, flat or nested as it was saved, in whole tensors, by torch's loader."""
+def load_dcp(folder: Path, reader: Callable[[Path], Any] | None = None) -> dict[str, Any]:
+    """The state dict of a DCP folder, flat or nested as it was saved, in whole tensors, by torch's loader.
+
+    `reader`: makes a storage reader other than torch's own.
+    """
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
@@ -29,7 +33,9 @@ def load_dcp(folder: Path) -> dict[str, Any]:
     planner = _EmptyStateDictLoadPlanner()  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _load_state_dict(found, storage_reader=FileSystemReader(folder), planner=planner, no_dist=True)
+        _load_state_dict(
+            found, storage_reader=(reader or FileSystemReader)(folder), planner=planner, no_dist=True
+        )
     return found
 
 
