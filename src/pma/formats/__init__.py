@@ -24,7 +24,13 @@ __all__ = [
     "read_meta",
 ]
 
-_BUILT_IN = ("pma.formats.safetensors", "pma.formats.torch_files")
+# in the order in which they are asked; iterations of Megatron and folders of DCP have lone .pt files beside
+_BUILT_IN = (
+    "pma.formats.safetensors",
+    "pma.formats.megatron",
+    "pma.formats.dcp",
+    "pma.formats.torch_files",
+)
 
 
 def _formats() -> Iterator[FormatModule]:
