@@ -47,9 +47,9 @@ class BlockWorker:
         self._tile_bytes = tile_bytes
         self._allow_nonfinite = allow_nonfinite
         self._stop = stop or StopFlag()
-        self._rows = _on_pages(AT_ONCE, tile_bytes)
-        self._sums = _on_pages(len(recipes), 2 * tile_bytes)
-        self._outs = _on_pages(len(recipes), CHUNK_BYTES)
+        self._rows = on_pages(AT_ONCE, tile_bytes)
+        self._sums = on_pages(len(recipes), 2 * tile_bytes)
+        self._outs = on_pages(len(recipes), CHUNK_BYTES)
         self.bytes_read = 0
 
     def make(self, block: Block, wanted: Sequence[int] | None = None) -> list[tuple[int, memoryview]]:
@@ -205,9 +205,9 @@ class BlockWorker:
         )
 
 
-def _on_pages(count: int, length_bytes: int) -> Buffer:
-    """Buffers that begin where pages do. The system copies into them up to twice as fast as into numpy's, which
-    begin 16 bytes later.
+def on_pages(count: int, length_bytes: int) -> Buffer:
+    """Buffers that begin where pages do: the system copies from a page of a file to there twice as fast as to
+    16 bytes later, where numpy's begin.
     """
     memory = mmap.mmap(-1, count * length_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return np.frombuffer(memory, np.uint8).reshape(count, length_bytes)
