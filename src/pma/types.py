@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 Kind = str  # "float", "integer", "boolean", "complex" or "quantised"
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # where a box begins and its size, in elements, by dimension
 
 
 class DType(Enum):
@@ -53,12 +54,18 @@ class DType(Enum):
 
 
 class Role(Enum):
-    """What a stored tensor is to the model."""
+    """What a stored tensor is to the model.
+
+    A master is the fp32 copy of a parameter that an optimizer keeps, a moment what it keeps beside. Opaque
+    are bytes that belong with the weights and are carried unopened, as a row of U8. Other is training state:
+    step, schedule, data position.
+    """
 
     PARAMETER = "parameter"
     BUFFER = "buffer"
     MASTER = "master"
     MOMENT = "moment"
+    OPAQUE = "opaque"
     OTHER = "other"
 
 
@@ -82,6 +89,13 @@ class TensorSpec:
     def length_bytes(self) -> int:
         return self.element_count * self.dtype.bits // 8
 
+    @property
+    def in_units(self) -> TensorSpec:
+        """Itself; or, where an element is less than a byte, the tensor as a row of bytes."""
+        if self.dtype.bits >= 8:
+            return self
+        return TensorSpec(name=self.name, dtype=DType.U8, shape=(self.length_bytes,), role=self.role)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fragment:
@@ -96,12 +110,26 @@ class Fragment:
     offset_bytes: int
     length_bytes: int
     flat_start: int | None = None
-    box: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    box: Box | None = None
+
+    @classmethod
+    def whole(cls, spec: TensorSpec, file: str, offset_bytes: int) -> Fragment:
+        """All of a tensor in one piece."""
+        return cls(
+            tensor=spec.name,
+            file=file,
+            offset_bytes=offset_bytes,
+            length_bytes=spec.length_bytes,
+            flat_start=0,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileIdentity:
-    """What tells whether a source file is still the one that was planned with."""
+    """What tells whether a source file is still the one that was planned with.
+
+    `mtime_ns`: its time, or for a store that keeps none a number made from what it keeps (its etag).
+    """
 
     name: str
     size_bytes: int
@@ -145,7 +173,12 @@ class OutputFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where every tensor of an output goes."""
+    """Where every tensor of an output goes.
+
+    `records`: small files that complete the checkpoint (an index, metadata), written after all others, in
+    this order. Names may have folders in them.
+    """
 
     tensors: Mapping[str, TensorSpec]
     files: tuple[OutputFile, ...]
+    records: Mapping[str, bytes] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from pma.engine import MergeOptions
 from pma.engine.building import Building
 from pma.engine.staging import staging_folder
 from pma.errors import IncompleteError, Interrupted, MismatchError, PmaError, SpaceError, UsageError
-from pma.formats.safetensors import SafetensorsPart
+from pma.formats.folder_writer import FolderPart
 from pma.testing import tiny_run
 
 BIG = {"w": (6_000_000,), "v": (3_000_000,)}
@@ -117,10 +117,10 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
 def test_a_failing_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = tiny_run(tmp_path / "run", steps=2, shapes=BIG)
 
-    def fail(self: SafetensorsPart, file: str, offset_bytes: int, values: memoryview) -> None:
+    def fail(self: FolderPart, file: str, offset_bytes: int, values: memoryview) -> None:
         raise SpaceError("writing failed: No space left on device")
 
-    monkeypatch.setattr(SafetensorsPart, "write", fail)
+    monkeypatch.setattr(FolderPart, "write", fail)
     with plan(paths) as planned, pytest.raises(SpaceError):
         engine.write(planned, tmp_path / "out")
     assert nothing_left(tmp_path)
@@ -166,7 +166,7 @@ def test_an_interrupt_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
 def start_merge(run: Path, out: Path) -> subprocess.Popen[str]:
     """A merge in another process that is slow enough to be caught in the middle."""
     script = (
-        "import sys, time; from pma.formats.safetensors import SafetensorsPart as Part; write = Part.write;"
+        "import sys, time; from pma.formats.folder_writer import FolderPart as Part; write = Part.write;"
         "Part.write = lambda *a: (write(*a), time.sleep(0.5))[0];"
         f"sys.argv = ['pma', 'merge', {str(run)!r}, '--last', '3', '-o', {str(out)!r}, '--threads', '1'];"
         "from pma.cli import main; main()"
@@ -294,7 +294,7 @@ def test_read_only_sources_and_another_file_system(tmp_path: Path) -> None:
             path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-@pytest.mark.parametrize("kind", ["link", "folder", "lease and folder"])
+@pytest.mark.parametrize("kind", ["link", "folder", "lease and link"])
 def test_a_foreign_folder_in_the_way_is_not_cleaned(tmp_path: Path, kind: str) -> None:
     paths = tiny_run(tmp_path / "run", steps=2)
     precious = tmp_path / "precious"
@@ -306,9 +306,9 @@ def test_a_foreign_folder_in_the_way_is_not_cleaned(tmp_path: Path, kind: str) -
     else:
         precious.rename(hidden)
         precious = hidden
-    if kind == "lease and folder":
+    if kind == "lease and link":
         (hidden / ".pma-lease").write_text("{}")
-        (hidden / "sub").mkdir()
+        (hidden / "sub").symlink_to(tmp_path)
     with plan(paths) as planned, pytest.raises(UsageError, match="in the way"):
         engine.write(planned, tmp_path / "out")
     assert (precious / "thesis.txt").read_text() == "mine"

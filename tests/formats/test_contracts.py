@@ -11,25 +11,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pma.errors import IncompleteError
-from pma.formats.contracts import ReadRequest, range_requests
+from pma.formats.contracts import ReadRequest, requests_for
+from pma.formats.folder import LocalFolder
+from pma.formats.reader import FileReader
+from pma.formats.runs import Runs, runs_of
 from pma.testing import Raw, ReaderContract
-from pma.types import CheckpointMeta, DType, FileIdentity, Fragment, TensorSpec
+from pma.types import DType, Fragment, TensorSpec
 
 
-class PlainReader:
+class PlainReader(FileReader):
     """Fragments listed in a JSON file beside plain binary files: enough to imitate any way of sharding."""
 
     format = "plain"
-    request_bytes = 1024
-    requests_in_flight = 2
-    ignored_files = ()
 
     def __init__(self, path: Path, delay: float = 0.0) -> None:
-        self.path = path
         self._delay = delay
         listing = json.loads((path / "listing.json").read_text())
-        self.tensors: Mapping[str, TensorSpec] = {
+        self._tensors = {
             t["name"]: TensorSpec(name=t["name"], dtype=DType[t["dtype"]], shape=tuple(t["shape"]))
             for t in listing["tensors"]
         }
@@ -37,7 +35,11 @@ class PlainReader:
             Fragment(**{**f, "box": tuple(map(tuple, f["box"])) if f["box"] else None})
             for f in listing["fragments"]
         ]
-        self.meta = CheckpointMeta()
+        super().__init__(path, LocalFolder(path), {fragment.file: "" for fragment in self._fragments})
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        return self._tensors
 
     def fragments(self, name: str) -> tuple[Fragment, ...]:
         return tuple(f for f in self._fragments if f.tensor == name)
@@ -45,23 +47,7 @@ class PlainReader:
     def read_many(self, requests: Sequence[ReadRequest]) -> None:
         for request in requests:
             time.sleep(self._delay)
-            path = self.path / request.file
-            if not path.exists():
-                raise IncompleteError(f"{path} is missing")
-            with open(path, "rb") as file:
-                file.seek(request.offset_bytes)
-                if file.readinto(request.into) != len(request.into):
-                    raise IncompleteError(f"{path} was cut short")
-
-    def identities(self) -> tuple[FileIdentity, ...]:
-        files = sorted({f.file for f in self._fragments})
-        stats = {file: (self.path / file).stat() for file in files}
-        return tuple(
-            FileIdentity(name=n, size_bytes=s.st_size, mtime_ns=s.st_mtime_ns, header_digest="")
-            for n, s in stats.items()
-        )
-
-    def close(self) -> None: ...
+            super().read_many([request])
 
 
 def save(
@@ -167,13 +153,49 @@ def test_any_range_of_any_box(
     start = data.draw(st.integers(0, spec.element_count))
     stop = data.draw(st.integers(start, spec.element_count))
     into = np.full(stop - start, 65_535, dtype=np.uint16)
-    for request in range_requests(
-        spec, [fragment], start, stop, memoryview(into).cast("B") if len(into) else memoryview(b"")
-    ):
-        request.into[:] = stored[request.offset_bytes : request.offset_bytes + len(request.into)]
+    _fill(into, stored, runs_of(spec, [fragment], start, stop))
     expected = np.full(shape, 65_535, dtype=np.uint16)
     expected[inside] = whole[inside]
     np.testing.assert_array_equal(into, expected.reshape(-1)[start:stop])
+
+
+@given(boxes(), st.data())
+def test_any_range_of_a_box_from_shards_of_any_kind(
+    box: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], data: st.DataObject
+) -> None:
+    shape, starts, sizes = box
+    spec = TensorSpec(name="t", dtype=DType.U16, shape=shape)
+    whole = np.arange(spec.element_count, dtype=np.uint16).reshape(shape)
+    inside = tuple(slice(a, a + n) for a, n in zip(starts, sizes, strict=True))
+    wanted = whole[inside].reshape(-1)
+    if data.draw(st.booleans()) or not shape:  # flat ranges, as ZeRO's partitions
+        cut = data.draw(st.integers(0, spec.element_count))
+        parts = [whole.reshape(-1)[:cut], whole.reshape(-1)[cut:]]
+        places = [{"flat_start": 0}, {"flat_start": cut}]
+    else:  # two slices along some dimension
+        axis = data.draw(st.integers(0, len(shape) - 1))
+        cut = data.draw(st.integers(0, shape[axis]))
+        parts = np.split(whole, [cut], axis=axis)
+        begins = (0,) * len(shape), tuple(cut if d == axis else 0 for d in range(len(shape)))
+        places = [{"box": (begin, part.shape)} for begin, part in zip(begins, parts, strict=True)]
+    stored = b"".join(np.ascontiguousarray(part).tobytes() for part in parts)
+    fragments, offset = [], 0
+    for part, place in zip(parts, places, strict=True):
+        fragments.append(
+            Fragment(tensor="t", file="f", offset_bytes=offset, length_bytes=part.nbytes, **place)
+        )
+        offset += part.nbytes
+    start = data.draw(st.integers(0, len(wanted)))
+    stop = data.draw(st.integers(start, len(wanted)))
+    into = np.full(stop - start, 65_535, dtype=np.uint16)
+    _fill(into, stored, runs_of(spec, fragments, start, stop, (starts, sizes)))
+    np.testing.assert_array_equal(into, wanted[start:stop])
+
+
+def _fill(into: np.ndarray, stored: bytes, runs: Runs) -> None:
+    assert list(runs.first_R) == sorted(runs.first_R)
+    for request in requests_for(runs, into.itemsize, memoryview(into.view(np.uint8))):
+        request.into[:] = stored[request.offset_bytes : request.offset_bytes + len(request.into)]
 
 
 def test_the_suites_notice_a_wrong_reader(tmp_path: Path) -> None:

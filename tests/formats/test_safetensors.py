@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 from pma import formats
 from pma.errors import FormatError, IncompleteError, InputError
 from pma.formats import safetensors as pma_safetensors
-from pma.formats.safetensors import SafetensorsReader, SafetensorsWriter, plan_layout
-from pma.formats.safetensors_header import LARGEST_HEADER_BYTES, encode_header, read_header
+from pma.formats.folder import LocalFolder
+from pma.formats.folder_writer import FolderWriter
+from pma.formats.safetensors import SafetensorsReader, layout_of
+from pma.formats.safetensors_header import LARGEST_HEADER_BYTES, Header, encode_header, read_header
 from pma.testing import Raw, ReaderContract, WriterContract, random_raw, tiny_run
 from pma.testing.builders import write_safetensors
 from pma.testing.contracts import SAMPLE, read_whole
@@ -34,6 +36,10 @@ ODD_SHAPES = [
     random_raw("empty", DType.BF16, (0, 7), seed=2),
     random_raw("one byte", DType.U8, (1,), seed=3),
 ]
+
+
+def header_of(path: Path) -> Header:
+    return read_header(LocalFolder(path.parent), path.name)
 
 
 class TestSingleFile(ReaderContract):
@@ -63,17 +69,12 @@ class TestWriter(WriterContract):
     sample = (*SAMPLE, *ODD_SHAPES)
     shards = 1
 
-    def writer(self, folder: Path) -> SafetensorsWriter:
-        return SafetensorsWriter(folder)
-
     def layout(self, tensors: dict[str, TensorSpec]) -> Layout:
         shards = {
             name: f"model-{i % self.shards + 1:05}-of-{self.shards:05}.safetensors"
             for i, name in enumerate(tensors)
         }
-        return plan_layout(
-            tensors, shards if self.shards > 1 else dict.fromkeys(tensors, "model.safetensors")
-        )
+        return layout_of(tensors, shards if self.shards > 1 else dict.fromkeys(tensors, "model.safetensors"))
 
     def read_back(self, folder: Path) -> dict[str, bytes]:
         found = {}
@@ -95,8 +96,8 @@ class TestShardedWriter(TestWriter):
 
 
 def test_transformers_reads_the_format_marker(tmp_path: Path) -> None:
-    layout = plan_layout({"a": TensorSpec(name="a", dtype=DType.F32, shape=(2,))}, {"a": "model.safetensors"})
-    SafetensorsWriter(tmp_path).create(layout)
+    layout = layout_of({"a": TensorSpec(name="a", dtype=DType.F32, shape=(2,))}, {"a": "model.safetensors"})
+    FolderWriter(tmp_path).create(layout)
     (tmp_path / "model.safetensors").write_bytes(layout.files[0].constants[0][1] + bytes(8))
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
@@ -121,7 +122,7 @@ def test_wide_elements_come_first_so_that_all_are_aligned() -> None:
         f"t{i}": TensorSpec(name=f"t{i}", dtype=d, shape=(3,))
         for i, d in enumerate((DType.U8, DType.F64, DType.BF16))
     }
-    file = plan_layout(specs, dict.fromkeys(specs, "model.safetensors")).files[0]
+    file = layout_of(specs, dict.fromkeys(specs, "model.safetensors")).files[0]
     for fragment in file.fragments:
         assert fragment.offset_bytes % (specs[fragment.tensor].dtype.bits // 8) == 0
 
@@ -142,7 +143,7 @@ def test_headers_go_out_and_back(tmp_path_factory: pytest.TempPathFactory, drawn
     specs = [TensorSpec(name=name, dtype=dtype, shape=tuple(shape)) for name, dtype, shape in drawn]
     path = tmp_path_factory.mktemp("header") / "model.safetensors"
     path.write_bytes(encode_header(specs, {"format": "pt"}) + bytes(sum(spec.length_bytes for spec in specs)))
-    header = read_header(path)
+    header = header_of(path)
     assert dict(header.tensors) == {spec.name: spec for spec in specs}
     with safe_open(path, "np") as file:
         assert set(file.keys()) == {spec.name for spec in specs}
@@ -196,19 +197,19 @@ def entry(start: int = 0, stop: int = 8, dtype: object = "F32", shape: object = 
 )
 def test_a_lying_header_is_refused(tmp_path: Path, header: object, message: str) -> None:
     with pytest.raises(FormatError, match=message):
-        read_header(file_with(tmp_path, header))
+        header_of(file_with(tmp_path, header))
 
 
 def test_data_beyond_the_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(IncompleteError, match="cut short"):
-        read_header(file_with(tmp_path, {"a": entry(0, 2**40, shape=(2**38,))}))
+        header_of(file_with(tmp_path, {"a": entry(0, 2**40, shape=(2**38,))}))
 
 
 @pytest.mark.parametrize("content", [b"", b"\x01", bytes(8), (2**63).to_bytes(8, "little") + b"{}"])
 def test_a_file_too_short_or_too_boastful_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(InputError):
-        read_header(tmp_path / "model.safetensors")
+        header_of(tmp_path / "model.safetensors")
 
 
 def test_a_huge_header_is_not_read(tmp_path: Path) -> None:
@@ -217,7 +218,7 @@ def test_a_huge_header_is_not_read(tmp_path: Path) -> None:
         file.write((LARGEST_HEADER_BYTES + 1).to_bytes(8, "little"))
         file.truncate(8 + LARGEST_HEADER_BYTES + 1)
     with pytest.raises(FormatError, match="header of"):
-        read_header(path)
+        header_of(path)
 
 
 @pytest.mark.parametrize(
@@ -235,18 +236,18 @@ def test_a_huge_header_is_not_read(tmp_path: Path) -> None:
 )
 def test_a_header_that_is_not_a_json_object_is_refused(tmp_path: Path, raw: bytes) -> None:
     with pytest.raises(FormatError):
-        read_header(file_with(tmp_path, None, raw=raw))
+        header_of(file_with(tmp_path, None, raw=raw))
 
 
 def test_a_name_that_occurs_twice_is_refused(tmp_path: Path) -> None:
     one = json.dumps(entry(0, 8))
     with pytest.raises(FormatError, match="twice"):
-        read_header(file_with(tmp_path, None, raw=f'{{"a": {one}, "a": {one}}}'.encode()))
+        header_of(file_with(tmp_path, None, raw=f'{{"a": {one}, "a": {one}}}'.encode()))
 
 
 def test_terminal_escapes_in_names_are_not_printed(tmp_path: Path) -> None:
     with pytest.raises(FormatError) as caught:
-        read_header(file_with(tmp_path, {"\x1b[2Jweight\n": entry(shape=(3,))}))
+        header_of(file_with(tmp_path, {"\x1b[2Jweight\n": entry(shape=(3,))}))
     assert "\x1b" not in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -341,7 +342,7 @@ def test_a_pipe_or_folder_in_place_of_a_shard_does_not_hang(tmp_path: Path) -> N
 
     os.mkfifo(tmp_path / "model.safetensors")
     with pytest.raises(FormatError, match="regular file"):
-        read_header(tmp_path / "model.safetensors")
+        header_of(tmp_path / "model.safetensors")
 
 
 def test_symbolic_links_are_followed_as_the_hub_cache_needs(tmp_path: Path) -> None:
@@ -362,7 +363,7 @@ def test_no_bytes_whatever_crash_the_parser(tmp_path_factory: pytest.TempPathFac
     ):
         path.write_bytes(content)
         try:
-            header = read_header(path)
+            header = header_of(path)
         except InputError:
             continue
         assert header.file_bytes == len(content)
@@ -392,8 +393,8 @@ def test_few_files_stay_open(tmp_path: Path) -> None:
 
 def test_numpy_reads_what_we_wrote(tmp_path: Path) -> None:
     spec = TensorSpec(name="a", dtype=DType.F32, shape=(2, 2))
-    writer = SafetensorsWriter(tmp_path)
-    layout = plan_layout({"a": spec}, {"a": "model.safetensors"})
+    writer = FolderWriter(tmp_path)
+    layout = layout_of({"a": spec}, {"a": "model.safetensors"})
     writer.create(layout)
     part = writer.open_part()
     values = np.arange(4, dtype=np.float32)

@@ -20,19 +20,19 @@ from checks import write_those_missing
 import pma.engine.compute
 from pma import engine, trajectory
 from pma.engine import MergeOptions
-from pma.formats.safetensors import SafetensorsPart
+from pma.formats.folder_writer import FolderPart
 
 SLOWER_SECONDS = 0.005  # a write: the stream is where most kills shall fall, and journals be written
 
 
 def _slow_down() -> None:
-    write = SafetensorsPart.write
+    write = FolderPart.write
 
-    def slow(part: SafetensorsPart, file: str, offset_bytes: int, values: memoryview) -> None:
+    def slow(part: FolderPart, file: str, offset_bytes: int, values: memoryview) -> None:
         write(part, file, offset_bytes, values)
         time.sleep(SLOWER_SECONDS)
 
-    SafetensorsPart.write = slow  # type: ignore[method-assign]
+    FolderPart.write = slow  # type: ignore[method-assign]
 
 
 def _merge(job: dict[str, Any]) -> int:

@@ -23,7 +23,8 @@ from pma import engine, trajectory
 from pma.engine import MergeOptions, blocks, building, provenance
 from pma.engine.staging import staging_folder
 from pma.errors import InputError, MismatchError, PmaError, SpaceError, StorageError, UsageError
-from pma.formats.safetensors import SafetensorsPart, SafetensorsReader
+from pma.formats.folder_writer import FolderPart
+from pma.formats.safetensors import SafetensorsReader
 from pma.testing import reference_average, tiny_run
 from pma.testing.reference import same_bytes
 
@@ -54,13 +55,13 @@ def expected(sources: list[Path], tmp_path_factory: pytest.TempPathFactory) -> d
 @pytest.fixture
 def saved_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a block wrote is in the journal soon, though the whole merge takes no time."""
-    write = SafetensorsPart.write
+    write = FolderPart.write
 
-    def slow(part: SafetensorsPart, file: str, offset_bytes: int, values: memoryview) -> None:
+    def slow(part: FolderPart, file: str, offset_bytes: int, values: memoryview) -> None:
         write(part, file, offset_bytes, values)
         time.sleep(0.02)
 
-    monkeypatch.setattr(SafetensorsPart, "write", slow)
+    monkeypatch.setattr(FolderPart, "write", slow)
 
 
 def check_resumes(sources: list[Path], out: Path, expected: dict[str, str]) -> None:
@@ -109,8 +110,11 @@ def test_a_disk_that_fills_up_in_the_middle(
     def unsupported(descriptor: int, offset: int, length: int) -> None:
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
-    def progress(read: int, written: int) -> None:
-        if written > 8 * MIB and not (small_disk / "filler").exists():
+    written = []
+
+    def progress(read: int, more: int) -> None:
+        written.append(more)
+        if sum(written) > 8 * MIB and not (small_disk / "filler").exists():
             fill(small_disk)
 
     if not reserves:
@@ -182,7 +186,7 @@ def test_a_fault_in_the_middle(
     kind = StorageError if number == errno.EIO else SpaceError
     out = tmp_path / "out"
     with monkeypatch.context() as patched, plan(sources, threads=1) as planned:
-        patched.setattr(SafetensorsReader, "descriptor", lambda self, file: None)  # so that Python reads
+        patched.setattr(SafetensorsReader, "descriptor", lambda *_: None)  # so that Python reads
         patched.setattr(os, name, failing)
         with pytest.raises(kind, match=f"{message}.*is done and kept in .out.pma-partial") as raised:
             engine.write(planned, out, save_seconds=0.005)
@@ -266,10 +270,11 @@ CHANGES = {"truncate": lambda f: os.truncate(f, 2 * MIB), "rewrite": _rewrite, "
 def test_a_source_that_changes_in_the_middle(tmp_path: Path, change: str) -> None:
     """While blocks are made: an error that names it; the next attempt does not go on with what was made."""
     paths = tiny_run(tmp_path / "run", steps=3, shapes=SHAPES)
-    victim, changed = paths[1] / "model.safetensors", []
+    victim, changed, written = paths[1] / "model.safetensors", [], []
 
-    def progress(read: int, written: int) -> None:
-        if written > 8 * MIB and not changed:
+    def progress(read: int, more: int) -> None:
+        written.append(more)
+        if sum(written) > 8 * MIB and not changed:
             CHANGES[change](victim)
             changed.append(True)
 
@@ -293,8 +298,11 @@ def test_a_source_that_changes_before_the_resume(tmp_path: Path, change: str) ->
     class Stopped(Exception):
         pass
 
-    def progress(read: int, written: int) -> None:
-        if written > 8 * MIB:
+    written = []
+
+    def progress(read: int, more: int) -> None:
+        written.append(more)
+        if sum(written) > 8 * MIB:
             raise Stopped
 
     with plan(paths, threads=1) as planned, pytest.raises(Stopped):
@@ -316,7 +324,7 @@ def test_a_source_that_changes_before_the_resume(tmp_path: Path, change: str) ->
 SLOW_COMMAND = """
 import sys, time
 from pma.engine import building, commit
-from pma.formats.safetensors import SafetensorsPart as Part
+from pma.formats.folder_writer import FolderPart as Part
 write = Part.write
 Part.write = lambda *a: (write(*a), time.sleep(0.2))[0]
 kept_up = building.kept_up
@@ -372,16 +380,16 @@ def test_an_interrupt_while_it_is_made_durable(
 ) -> None:
     """Syncing a large output takes long, after the stream; Ctrl-C then says what is kept, too."""
     out = tmp_path / "out"
-    sync = SafetensorsPart.sync
+    sync = FolderPart.sync
     syncs = count(1)
 
-    def interrupted(part: SafetensorsPart) -> None:
+    def interrupted(part: FolderPart) -> None:
         sync(part)
         if next(syncs) == 2:
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patched, plan(sources) as planned:
-        patched.setattr(SafetensorsPart, "sync", interrupted)
+        patched.setattr(FolderPart, "sync", interrupted)
         with pytest.raises(PmaError, match=r"100% of .* is done and kept") as raised:
             engine.write(planned, out, save_seconds=60)
     assert raised.value.exit_status == 4
@@ -412,7 +420,7 @@ def test_a_tensor_larger_than_the_memory_budget(quick_folder: Path, monkeypatch:
     out = quick_folder / "out"
     failing = Failing("preadv", errno.EIO, lambda d, n: n > 400)
     with monkeypatch.context() as patched, plan(paths, memory_bytes=20 * MIB) as planned:
-        patched.setattr(SafetensorsReader, "descriptor", lambda self, file: None)  # so that Python reads
+        patched.setattr(SafetensorsReader, "descriptor", lambda *_: None)  # so that Python reads
         patched.setattr(os, "preadv", failing)
         with pytest.raises(StorageError, match="is done and kept"):
             engine.write(planned, out, save_seconds=0.01)

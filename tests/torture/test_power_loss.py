@@ -20,7 +20,7 @@ from pma.engine.journal import Journal
 from pma.engine.plan import Plan
 from pma.engine.staging import staging_folder
 from pma.errors import MismatchError, PmaError, UsageError
-from pma.formats.safetensors import SafetensorsPart, SafetensorsWriter
+from pma.formats.folder_writer import FolderPart, FolderWriter
 from pma.testing import tiny_run
 
 from .calls import Calls
@@ -258,7 +258,7 @@ def test_after_a_restart_only_with_break_lock(scenario: Scenario, monkeypatch: p
     check_finished(out, scenario.expected["sma"])
 
 
-def _write_bytes_unsynced(writer: SafetensorsWriter, name: str, data: bytes) -> None:
+def _write_bytes_unsynced(writer: FolderWriter, name: str, data: bytes) -> None:
     descriptor = os.open(writer._folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.pwrite(descriptor, data, 0)
     os.close(descriptor)
@@ -277,9 +277,9 @@ def _discard_in_any_order(one: Building) -> None:
 
 # each leaves one sync out, or an order: the model must notice
 MUTANTS = {
-    "journal before data": (SafetensorsPart, "sync", lambda part: None),
+    "journal before data": (FolderPart, "sync", lambda part: None),
     "names not synced around the rename": (staging, "sync_folder", lambda folder: None),
-    "small files not synced": (SafetensorsWriter, "write_bytes", _write_bytes_unsynced),
+    "small files not synced": (FolderWriter, "write_bytes", _write_bytes_unsynced),
     "new parents not synced": (
         staging,
         "_make_folders",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import overload
 
-from pma.types import DType, Fragment, Layout, OutputFile, TensorSpec
+from pma.types import Box, DType, Fragment, Layout, OutputFile, TensorSpec
 
 CHUNK_BYTES = 4 * 2**20
 
@@ -26,14 +26,15 @@ class Policy(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Elements `start` to `stop` of a tensor, at `block_offset` bytes of its block. A copied piece counts
-    bytes.
+    """Elements `start` to `stop`, row-major in `box` of a tensor (None: in all of it), at `block_offset`
+    bytes of its block.
     """
 
     tensor: str
     start: int
     stop: int
     block_offset: int
+    box: Box | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,11 @@ class Span:
     @property
     def element_count(self) -> int:
         return self.length_bytes * 8 // self.dtype_out.bits
+
+    @property
+    def length_in_bytes(self) -> int:
+        """Bytes of the span in a source."""
+        return self.element_count * self.dtype_in.bits // 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,12 +149,13 @@ def _block(
         dtypes = sources[fragment.tensor].dtype, outputs[fragment.tensor].dtype
         low = max(fragment.offset_bytes, start)
         high = min(fragment.offset_bytes + fragment.length_bytes, stop)
-        unit = 1 if policy is Policy.COPY_NEWEST else dtypes[1].bits // 8
+        width, first = max(dtypes[1].bits // 8, 1), fragment.flat_start or 0
         piece = Piece(
             tensor=fragment.tensor,
-            start=(low - fragment.offset_bytes) // unit,
-            stop=(high - fragment.offset_bytes) // unit,
+            start=first + (low - fragment.offset_bytes) // width,
+            stop=first + (high - fragment.offset_bytes) // width,
             block_offset=low - start,
+            box=fragment.box,
         )
         kind = (policy, *dtypes)
         if not groups or groups[-1][0] != kind or end != low:
@@ -167,12 +174,11 @@ def _block(
 
 def _span(kind: tuple[Policy, DType, DType], pieces: Sequence[Piece]) -> Span:
     policy, dtype_in, dtype_out = kind
-    unit = 1 if policy is Policy.COPY_NEWEST else dtype_out.bits // 8
     return Span(
         policy=policy,
         dtype_in=dtype_in,
         dtype_out=dtype_out,
         block_offset=pieces[0].block_offset,
-        length_bytes=sum(piece.stop - piece.start for piece in pieces) * unit,
+        length_bytes=sum(piece.stop - piece.start for piece in pieces) * max(dtype_out.bits // 8, 1),
         pieces=tuple(pieces),
     )

@@ -6,21 +6,28 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pma.engine import provenance, side_files
+from pma.engine import provenance
 from pma.engine.blocks import CHUNK_BYTES
 from pma.engine.journal import JOURNAL_FILE, Journal
 from pma.engine.lease import LEASE_FILE, Lease
 from pma.engine.plan import Plan
-from pma.engine.staging import clear, make_staging_folder, publish, refuse_existing, sync_folder
+from pma.engine.staging import (
+    clear,
+    make_staging_folder,
+    publish,
+    refuse_existing,
+    sync_folder,
+    sync_folders,
+)
 from pma.engine.stopping import StopFlag
 from pma.engine.stream import Output
 from pma.errors import UsageError
-from pma.formats.safetensors import SafetensorsWriter
+from pma.formats.folder_writer import FolderWriter
 
 SAVE_SECONDS = 5.0
 
@@ -41,12 +48,12 @@ class Building:
         except BaseException:
             self._lease.release()
             raise
-        self._writer = SafetensorsWriter(self.folder)
+        self._writer = FolderWriter(self.folder)
         self._part = self._writer.open_part()
         try:
             self._resume_or_start(fresh=fresh)
             self._writer.create(plan.layout)
-            sync_folder(self.folder)
+            sync_folders(self.folder)
         except BaseException as error:
             if not isinstance(error, UsageError) and not self._journal.digests:
                 self.discard()
@@ -97,11 +104,10 @@ class Building:
         plan = self.plan
         provenance.check_unchanged(plan)
         newest = plan.sources[-1].point.path
-        copied = side_files.read(newest, plan.options.dtype)
         self._writer.finish()
-        for name, data in copied.items():
+        for name, data in plan.side_files.items():
             self._writer.write_bytes(name, data)
-        origins: Mapping[str, str] = {name: os.path.realpath(newest / name) for name in copied}
+        origins = {name: os.path.realpath(newest / name) for name in plan.side_files}
         value = provenance.record(plan, self.output.digests, self.folder, origins, add_sha256=sha256)
         if hash_sources:
             provenance.add_source_digests(value)

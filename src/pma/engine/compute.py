@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,16 @@ from pma.engine.segments import Segments
 from pma.engine.stopping import StopFlag
 from pma.engine.work import Recipe
 from pma.errors import InputError, Interrupted, NonfiniteError, printable
-from pma.formats.contracts import CheckpointReader, ReadRequest, range_requests
-from pma.types import DType, TensorSpec
+from pma.formats.contracts import CheckpointReader, requests_for
+from pma.formats.runs import whole_box
+from pma.types import DType
 
 Buffer = NDArray[Any]
 
 # sources that the compiled loop holds open at once; systems allow a process 1024 files or fewer
 _MOST_OPEN = 64
+# pieces of a block that are worth a call of the compiled loop each
+_MOST_CUTS = 64
 
 
 class BlockWorker:
@@ -71,30 +75,14 @@ class BlockWorker:
         return [(k, _view(self._outs[k][: block.length_bytes])) for k in wanted]
 
     def _copy(self, span: Span, newest: CheckpointReader, out: Buffer) -> None:
-        requests: list[ReadRequest] = []
-        for piece in span.pieces:
-            spec = newest.tensors[piece.tensor]
-            as_bytes = TensorSpec(name=spec.name, dtype=DType.U8, shape=(spec.length_bytes,))
-            into = _view(out[piece.block_offset : piece.block_offset + piece.stop - piece.start])
-            requests += _requests(newest, as_bytes, piece, into)
-        newest.read_many(requests)
+        into = _view(out[span.block_offset : span.block_offset + span.length_bytes])
+        newest.read_many(Segments(span).requests(newest, 0, span.length_bytes, into))
         self.bytes_read += span.length_bytes
         if span.dtype_in in STORAGE and not self._allow_nonfinite:
             for piece in span.pieces:
-                self._check_copied(piece, newest)
-
-    def _check_copied(self, piece: Piece, newest: CheckpointReader) -> None:
-        """A copied tensor may hold NaN no more than an averaged one. It is read again in whole elements."""
-        width = newest.tensors[piece.tensor].dtype.bits // 8
-        whole = Piece(
-            tensor=piece.tensor,
-            start=piece.start // width,
-            stop=-(-piece.stop // width),
-            block_offset=piece.block_offset,
-        )
-        found = _first_nonfinite(newest, whole)
-        if found is not None:
-            raise _nonfinite(piece.tensor, newest, *found)
+                found = _first_nonfinite(newest, piece)
+                if found is not None:
+                    raise _nonfinite(piece.tensor, newest, *found)
 
     def _average_directly(self, span: Span, wanted: Sequence[int]) -> bool:
         """The same as `_average` in one compiled loop; False where that cannot do it, or failed to read."""
@@ -103,49 +91,55 @@ class BlockWorker:
         needed = sorted({number for k in wanted for number, _ in self._recipes[k].members})
         if len(needed) > _MOST_OPEN:
             return False
+        readers = [self._readers[number] for number in needed]
+        segments = Segments(span)
+        cuts = segments.cuts(readers)
+        if len(cuts) > _MOST_CUTS:
+            return False
+        # sources that are sharded in other ways: from cut to cut the span lies in one piece in all of them
+        for start, stop in pairwise(cuts):
+            with ExitStack() as opened:
+                places = _places(segments, readers, start, stop, opened)
+                if places is None or not self._average_pieces(span, wanted, needed, places, start, stop):
+                    return False
+        return True
+
+    def _average_pieces(
+        self,
+        span: Span,
+        wanted: Sequence[int],
+        needed: Sequence[int],
+        places: Sequence[tuple[int, int]],
+        start: int,
+        stop: int,
+    ) -> bool:
+        """Bytes `start` to `stop` of the span as the sources have it, from (descriptor, byte offset) in
+        each.
+        """
         width = span.dtype_in.bits // 8
-        storage, wide = STORAGE[span.dtype_in], accumulator_dtype(span.dtype_in)
-        with ExitStack() as opened:
-            places = self._places(span, [self._readers[number] for number in needed], opened)
-            if places is None:
-                return False
-            members_KN, weights_KN = _members([self._recipes[k] for k in wanted], needed, wide)
-            per_element = 2 if span.dtype_in is DType.C64 else 1
-            outcome = read_and_average(
-                np.array([descriptor for descriptor, _ in places], np.int32),
-                np.array([offset for _, offset in places], np.int64),
-                members_KN,
-                weights_KN,
-                np.array([self._recipes[k].divisor or 1 for k in wanted], wide),
-                self._rows.view(storage),
-                self._sums.view(wide),
-                self._outs.view(STORAGE[span.dtype_out]),
-                np.array(wanted, np.int64),
-                span.block_offset * 8 // span.dtype_out.bits * per_element,
-                span.element_count * per_element,
-                self._stop.memory,
-            )
+        wide = accumulator_dtype(span.dtype_in)
+        members_KN, weights_KN = _members([self._recipes[k] for k in wanted], needed, wide)
+        per_element = 2 if span.dtype_in is DType.C64 else 1
+        outcome = read_and_average(
+            np.array([descriptor for descriptor, _ in places], np.int32),
+            np.array([offset for _, offset in places], np.int64),
+            members_KN,
+            weights_KN,
+            np.array([self._recipes[k].divisor or 1 for k in wanted], wide),
+            self._rows.view(STORAGE[span.dtype_in]),
+            self._sums.view(wide),
+            self._outs.view(STORAGE[span.dtype_out]),
+            np.array(wanted, np.int64),
+            (span.block_offset * 8 // span.dtype_out.bits + start // width) * per_element,
+            (stop - start) // width * per_element,
+            self._stop.memory,
+        )
         if outcome == STOPPED:
             raise Interrupted("stopped")
         if outcome == NOT_FINITE and not self._allow_nonfinite:
             return False  # slowly, and it will say where
-        self.bytes_read += span.element_count * width * len(needed) if outcome != READ_FAILED else 0
+        self.bytes_read += (stop - start) * len(needed) if outcome != READ_FAILED else 0
         return bool(outcome != READ_FAILED)
-
-    def _places(
-        self, span: Span, readers: Sequence[CheckpointReader], opened: ExitStack
-    ) -> list[tuple[int, int]] | None:
-        """Descriptor and byte offset of the span in each source, if it lies in one piece of a local file in
-        all.
-        """
-        segments, places = Segments(span), []
-        for reader in readers:
-            place = segments.whole(reader)
-            descriptor = reader.descriptor(place[0]) if place is not None else None
-            if place is None or descriptor is None:
-                return None
-            places.append((opened.enter_context(descriptor), place[1]))
-        return places
 
     def _average(self, span: Span, wanted: Sequence[int]) -> None:
         width = span.dtype_in.bits // 8
@@ -153,13 +147,15 @@ class BlockWorker:
         segments = Segments(span)
         storage = STORAGE[span.dtype_in]
         wide = accumulator_dtype(span.dtype_in)
+        groups = list(self._groups(wanted))
         for start in range(0, span.element_count, tile_elements):
             stop = min(start + tile_elements, span.element_count)
             rows = [row[: (stop - start) * width].view(storage) for row in self._rows]
             count = len(rows[0])  # a complex number counts twice
             sums_K = {k: self._sums[k].view(wide)[:count] for k in wanted}
             begun: set[int] = set()
-            for numbers in self._groups(wanted):
+            for numbers in groups:
+                places = {number: i for i, number in enumerate(numbers)}
                 for row, number in zip(self._rows, numbers, strict=False):
                     if self._stop.is_set():
                         raise Interrupted("stopped")
@@ -167,7 +163,7 @@ class BlockWorker:
                     reader.read_many(segments.requests(reader, start * width, stop * width, _view(row)))
                     self.bytes_read += (stop - start) * width
                 for k in wanted:
-                    members = [(numbers.index(n), w) for n, w in self._recipes[k].members if n in numbers]
+                    members = [(places[n], w) for n, w in self._recipes[k].members if n in places]
                     if members:
                         weights = [weight for _, weight in members]
                         add(sums_K[k], [rows[i] for i, _ in members], weights, first=k not in begun)
@@ -213,6 +209,22 @@ def on_pages(count: int, length_bytes: int) -> Buffer:
     return np.frombuffer(memory, np.uint8).reshape(count, length_bytes)
 
 
+def _places(
+    segments: Segments, readers: Sequence[CheckpointReader], start: int, stop: int, opened: ExitStack
+) -> list[tuple[int, int]] | None:
+    """Descriptor and byte offset in each source of bytes `start` to `stop` of a span; None where one is not
+    local.
+    """
+    places = []
+    for reader in readers:
+        file, offset_bytes = segments.place(reader, start)
+        descriptor = reader.descriptor(file, offset_bytes, stop - start)
+        if descriptor is None:
+            return None
+        places.append((opened.enter_context(descriptor), offset_bytes))
+    return places
+
+
 def load_kernels(types: Iterable[tuple[DType, DType]]) -> None:
     """Compile, or load from the compiler's cache, the loop for each pair of types; else the first block
     would.
@@ -251,11 +263,13 @@ def _members(
     return members_KN, weights_KN
 
 
-def _first_nonfinite(reader: CheckpointReader, piece: Piece) -> tuple[int, float] | None:
+def _first_nonfinite(reader: CheckpointReader, piece: Piece) -> tuple[list[int], float] | None:
     """Index in the tensor and value of the first element of a piece that is not finite."""
     spec = reader.tensors[piece.tensor]
-    raw = np.empty((piece.stop - piece.start) * spec.dtype.bits // 8, np.uint8)
-    reader.read_many(_requests(reader, spec, piece, _view(raw)))
+    width = spec.dtype.bits // 8
+    raw = np.empty((piece.stop - piece.start) * width, np.uint8)
+    runs = reader.runs(piece.tensor, piece.start, piece.stop, piece.box)
+    reader.read_many(requests_for(runs, width, _view(raw)))
     values = raw.view(STORAGE[spec.dtype])
     if spec.dtype is DType.BF16:
         values = (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -263,22 +277,17 @@ def _first_nonfinite(reader: CheckpointReader, piece: Piece) -> tuple[int, float
     if not len(wrong):
         return None
     parts = len(values) // (piece.stop - piece.start)
-    return piece.start + int(wrong[0]) // parts, float(values[wrong[0]])
+    starts, sizes = piece.box or whole_box(spec.shape)
+    inside = np.unravel_index(piece.start + int(wrong[0]) // parts, sizes) if sizes else ()
+    index = [start + int(i) for start, i in zip(starts, inside, strict=True)]
+    return index, float(values[wrong[0]])
 
 
-def _nonfinite(tensor: str, reader: CheckpointReader, flat: int, value: float) -> NonfiniteError:
-    shape = reader.tensors[tensor].shape
-    index = [int(i) for i in np.unravel_index(flat, shape)] if shape else []
+def _nonfinite(tensor: str, reader: CheckpointReader, index: list[int], value: float) -> NonfiniteError:
     return NonfiniteError(
         f"{printable(tensor)}{index} in {reader.path}: {value}; every value must be finite. "
         "Leave that checkpoint out, or go on regardless with --allow-nonfinite"
     )
-
-
-def _requests(
-    reader: CheckpointReader, spec: TensorSpec, piece: Piece, into: memoryview
-) -> list[ReadRequest]:
-    return list(range_requests(spec, reader.fragments(piece.tensor), piece.start, piece.stop, into))
 
 
 def _view(raw: Buffer) -> memoryview:

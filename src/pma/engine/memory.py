@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pma.engine.plan import Plan
 from pma.engine.stream import Output, Progress, stream
 from pma.engine.work import Work, work_of
-from pma.types import DType
+from pma.types import DType, Fragment
 
 if TYPE_CHECKING:
     import torch
@@ -53,19 +53,40 @@ def average_all(
 def _tensors(plan: Plan, part: MemoryPart) -> dict[str, Tensor]:
     import torch
 
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for file in plan.layout.files:
         for fragment in file.fragments:
             spec = plan.layout.tensors[fragment.tensor]
-            dtype = torch_dtype(spec.dtype)
-            if spec.element_count == 0:
-                tensors[spec.name] = torch.empty(spec.shape, dtype=dtype)
+            if fragment.length_bytes == spec.length_bytes > 0:
+                flat = torch.frombuffer(
+                    part.files[file.name],
+                    dtype=torch_dtype(spec.dtype),
+                    count=spec.element_count,
+                    offset=fragment.offset_bytes,
+                )
+                tensors[spec.name] = flat.reshape(spec.shape)
                 continue
-            flat = torch.frombuffer(
-                part.files[file.name], dtype=dtype, count=spec.element_count, offset=fragment.offset_bytes
-            )
-            tensors[spec.name] = flat.reshape(spec.shape)
-    return {name: tensors[name] for name in plan.layout.tensors}
+            if spec.name not in tensors:
+                tensors[spec.name] = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
+            _put(tensors[spec.name], fragment, part.files[file.name])
+    return {name: tensors[name] for name in plan.layout.tensors if name in tensors}
+
+
+def _put(whole: Tensor, fragment: Fragment, file: bytearray) -> None:
+    """Copy a shard of a tensor to its place in it."""
+    import torch
+
+    count = fragment.length_bytes // whole.element_size()
+    if count == 0:
+        return
+    values = torch.frombuffer(file, dtype=whole.dtype, count=count, offset=fragment.offset_bytes)
+    if fragment.box is None:
+        first = fragment.flat_start or 0
+        whole.view(-1)[first : first + count] = values
+        return
+    starts, sizes = fragment.box
+    place = tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+    whole[place] = values.reshape(sizes)
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:

@@ -6,6 +6,7 @@ Every error that can be foreseen surfaces here, before the first byte is written
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,14 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from pma import averaging, formats
-from pma.engine import side_files
 from pma.engine.blocks import Blocks, Policy
 from pma.engine.memory_budget import DEFAULT_MEMORY_BYTES, peak_memory_bytes, tile_bytes_within
 from pma.errors import InputError, MismatchError, UsageError, printable
 from pma.formats.contracts import CheckpointReader
-from pma.formats.safetensors import SafetensorsReader, plan_layout, shards_like
+from pma.formats.strict_json import parse_object
 from pma.trajectory import TrajectoryPoint
-from pma.types import DType, FileIdentity, Layout, TensorSpec
+from pma.types import DType, FileIdentity, Layout, Role, TensorSpec
+
+# what must be the same in all sources; anything else is the newest's
+_COMPARED = (Role.PARAMETER, Role.BUFFER, Role.MASTER)
+_TORCH_NAMES = {DType.F16: "float16", DType.BF16: "bfloat16", DType.F32: "float32", DType.F64: "float64"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +35,8 @@ class MergeOptions:
 
     `scheme`: see `averaging.scheme`. `weights`: given weights, oldest first, instead of a scheme. `dtype`:
     element type of averaged tensors, the inputs' own by default. `exclude`, `copy`: patterns of tensor names
-    to leave out, or to take from the newest checkpoint.
+    to leave out, or to take from the newest checkpoint. `with_optimizer`: average the optimizer's masters
+    too and carry the rest of the newest checkpoint's training state; left out otherwise.
     """
 
     scheme: str = "sma"
@@ -39,6 +44,7 @@ class MergeOptions:
     dtype: DType | None = None
     exclude: tuple[str, ...] = ()
     copy: tuple[str, ...] = ()
+    with_optimizer: bool = False
     allow_nonfinite: bool = False
     threads: int = 2
     memory_bytes: int = DEFAULT_MEMORY_BYTES
@@ -72,6 +78,7 @@ class Plan:
     layout: Layout
     blocks: Blocks
     tile_bytes: int
+    side_files: Mapping[str, bytes]
     left_out: tuple[tuple[Path, str], ...] = ()
 
     @property
@@ -88,11 +95,11 @@ class Plan:
 
     @property
     def bytes_to_read(self) -> int:
-        averaged = sum(self.tensors[n].length_bytes for n, p in self.policies.items() if p is Policy.AVERAGE)
-        copied = sum(
-            self.tensors[n].length_bytes for n, p in self.policies.items() if p is Policy.COPY_NEWEST
-        )
-        return averaged * len(self.sources) + copied
+        return self.bytes_of(Policy.AVERAGE) * len(self.sources) + self.bytes_of(Policy.COPY_NEWEST)
+
+    def bytes_of(self, policy: Policy) -> int:
+        """Bytes, in one source, of the tensors of that policy."""
+        return sum(self.tensors[name].length_bytes for name, p in self.policies.items() if p is policy)
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -131,6 +138,9 @@ class Plan:
             "tensors": {policy: len(names) for policy, names in groups.items()},
             "copied": groups["copy newest"],
             "excluded": groups["excluded"],
+            "training_state_left_out": sum(
+                not _wanted(spec, self.options) for spec in self.newest.tensors.values()
+            ),
             "parameters": parameter_count(self.tensors),
             "output_dtypes": sorted({spec.dtype.value[0] for spec in self.layout.tensors.values()}),
             "output_files": [file.name for file in self.layout.files],
@@ -166,21 +176,18 @@ def plan(
                 on_error.callback(opened[point.path].close)
             readers.append(opened[point.path])
         newest = readers[-1]
-        everything = {name: spec for reader in readers for name, spec in reader.tensors.items()}
+        everything = {name: s for r in readers for name, s in r.tensors.items() if _wanted(s, options)}
         _check_patterns(everything, options)
         excluded = tuple(n for n in everything if any(fnmatchcase(n, p) for p in options.exclude))
         unwanted = set(excluded)
-        tensors = {name: spec for name, spec in newest.tensors.items() if name not in unwanted}
-        _check_same(readers, tensors, excluded)
+        tensors = {n: s for n, s in newest.tensors.items() if n in everything and n not in unwanted}
+        _check_same(readers, {n: s for n, s in tensors.items() if s.role in _COMPARED}, excluded)
         policies = {name: _policy(spec, options.copy, newest.path) for name, spec in tensors.items()}
         outputs = {name: _output_spec(spec, policies[name], options.dtype) for name, spec in tensors.items()}
-        assert isinstance(
-            newest, SafetensorsReader
-        )  # the one format so far; its layout is the newest source's
-        layout = plan_layout(outputs, shards_like(newest, outputs))
+        layout = formats.plan_layout(outputs, newest)
         blocks = Blocks(layout, tensors, policies)
         tile_bytes = tile_bytes_within(options.memory_bytes, options.threads, merges=1)
-        side_files.read(newest.path, options.dtype)  # what cannot be read or used must show before the work
+        beside = _beside(newest, options.dtype)
         files = [reader.identities() for reader in readers]
         on_error.pop_all()
     return Plan(
@@ -196,13 +203,19 @@ def plan(
         layout=layout,
         blocks=blocks,
         tile_bytes=tile_bytes,
+        side_files=beside,
         left_out=tuple(left_out),
     )
 
 
 def parameter_count(tensors: Mapping[str, TensorSpec]) -> int:
-    """Elements of all floating tensors."""
-    return sum(s.element_count for s in tensors.values() if s.dtype.kind not in ("integer", "boolean"))
+    """Elements of all floating tensors of the model itself."""
+    floating = [s for s in tensors.values() if s.dtype.kind not in ("integer", "boolean")]
+    return sum(s.element_count for s in floating if s.role in (Role.PARAMETER, Role.BUFFER))
+
+
+def _wanted(spec: TensorSpec, options: MergeOptions) -> bool:
+    return options.with_optimizer or spec.role in (Role.PARAMETER, Role.BUFFER, Role.OPAQUE)
 
 
 def is_mixture_of_experts(tensors: Mapping[str, TensorSpec]) -> bool:
@@ -258,7 +271,10 @@ def _check_same(
                 "out, "
                 "or the tensor with --exclude"
             )
-        for name in sorted(reader.tensors.keys() - tensors.keys() - set(excluded)):
+        weights = {
+            name for name, spec in reader.tensors.items() if spec.role in (Role.PARAMETER, Role.BUFFER)
+        }
+        for name in sorted(weights - tensors.keys() - set(excluded)):
             raise MismatchError(
                 f"{printable(name)} is in {reader.path} but missing in {newest.path}, the newest; leave that "
                 "checkpoint out, or the tensor with --exclude"
@@ -279,7 +295,7 @@ def _check_same(
 
 
 def _policy(spec: TensorSpec, copy: Sequence[str], path: Path) -> Policy:
-    if any(fnmatchcase(spec.name, pattern) for pattern in copy):
+    if spec.role not in _COMPARED or any(fnmatchcase(spec.name, pattern) for pattern in copy):
         return Policy.COPY_NEWEST
     if spec.dtype.kind == "quantised":
         raise InputError(
@@ -294,6 +310,20 @@ def _output_spec(spec: TensorSpec, policy: Policy, dtype: DType | None) -> Tenso
     if dtype is None or policy is not Policy.AVERAGE or spec.dtype.kind != "float":
         return spec
     return TensorSpec(name=spec.name, dtype=dtype, shape=spec.shape, role=spec.role, parameter=spec.parameter)
+
+
+def _beside(newest: CheckpointReader, dtype: DType | None) -> dict[str, bytes]:
+    """The newest source's side files as they go into the output, read once: what cannot be used shows now.
+
+    `dtype`: the output's type where it is not the sources' own. It is then put into config.json, because
+    transformers loads weights in the type that the configuration names.
+    """
+    files = dict(newest.side_files())
+    if "config.json" in files and dtype is not None:
+        config = parse_object(files["config.json"], str(newest.path / "config.json"))
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = _TORCH_NAMES[dtype]
+        files["config.json"] = json.dumps(config, indent=2).encode("utf-8") + b"\n"
+    return files
 
 
 def _scheme_text(options: MergeOptions) -> str:

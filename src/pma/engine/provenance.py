@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from blake3 import blake3
 from pma.engine.blocks import CHUNK_BYTES
 from pma.engine.plan import Plan
 from pma.engine.stream import Digests
-from pma.errors import FormatError, MismatchError, printable
+from pma.errors import FormatError, IncompleteError, MismatchError, printable
 from pma.formats import strict_json
 
 RECORD_FILE = "pma.json"
@@ -44,6 +43,7 @@ def record(
         "dtype": options.dtype.name if options.dtype else None,
         "exclude": list(options.exclude),
         "copy": list(options.copy),
+        "with_optimizer": options.with_optimizer,
         "allow_nonfinite": options.allow_nonfinite,
         "sources": [
             {
@@ -71,6 +71,7 @@ def heading(plan: Plan) -> dict[str, Any]:
     """
     options = plan.options
     choices = [options.scheme, options.weights, options.exclude, options.copy, options.allow_nonfinite]
+    choices.append(options.with_optimizer)
     files = [(file.name, file.size_bytes) for file in plan.layout.files]
     headers = [data.hex() for file in plan.layout.files for _, data in file.constants]
     sources = [
@@ -111,17 +112,13 @@ def _output(plan: Plan, name: str, digests: Digests, sha256_of: Path | None) -> 
 
 def _small_files(plan: Plan, folder: Path, side_files: Mapping[str, str]) -> list[dict[str, Any]]:
     """Everything beside the weights: side files and the index. `from` is None for what was made here."""
-    weights = {file.name for file in plan.layout.files}
-    found = sorted(
-        path for path in folder.iterdir() if path.name not in weights and not path.name.startswith(".")
-    )
     return [
         {
-            "name": path.name,
-            "from": side_files.get(path.name),
-            "blake3": blake3(path.read_bytes()).hexdigest(),
+            "name": name,
+            "from": side_files.get(name),
+            "blake3": blake3((folder / name).read_bytes()).hexdigest(),
         }
-        for path in found
+        for name in sorted({*plan.layout.records, *plan.side_files})
     ]
 
 
@@ -145,16 +142,16 @@ def add_source_digests(value: dict[str, Any]) -> None:
 
 def check_unchanged(plan: Plan) -> None:
     """After the last read: every source file is still the one that was planned with. Raises MismatchError."""
-    for source in plan.sources:
-        for planned in source.files:
-            path = source.point.folder / planned.name
-            try:
-                status = os.stat(path)
-            except FileNotFoundError:
-                raise MismatchError(f"{path} was removed while it was merged; nothing was written") from None
-            if (status.st_size, status.st_mtime_ns) != (planned.size_bytes, planned.mtime_ns):
+    for source, reader in zip(plan.sources, plan.readers, strict=True):
+        try:
+            found = reader.identities()
+        except IncompleteError as error:
+            raise MismatchError(f"{error}: removed while it was merged; nothing was written") from None
+        for planned, now in zip(source.files, found, strict=True):
+            if planned != now:
                 raise MismatchError(
-                    f"{path} was changed while it was merged; nothing was written. Merge again"
+                    f"{source.point.folder / planned.name} was changed while it was merged; nothing was "
+                    "written. Merge again"
                 )
 
 

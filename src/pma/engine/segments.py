@@ -2,29 +2,31 @@
 tile.
 """
 
+# R runs
+
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from pma.engine.blocks import Span
-from pma.formats.contracts import CheckpointReader, ReadRequest, stored_runs
+from pma.formats.contracts import CheckpointReader, ReadRequest
+from pma.formats.runs import Integers
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Segment:
-    """Contiguous bytes of a source: where in the span they go, and where they lie."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Segments:
+    """Contiguous bytes of a source: where in the span they go, and where they lie. Ascending, without
+    neighbours that could be one.
+    """
 
-    span_start: int
-    length_bytes: int
-    file: str
-    offset_bytes: int
-
-    def continued_by(self, other: _Segment) -> bool:
-        """Whether `other` follows at once, both in the file and in the span."""
-        ends = self.file, self.offset_bytes + self.length_bytes, self.span_start + self.length_bytes
-        return ends == (other.file, other.offset_bytes, other.span_start)
+    files: tuple[str, ...]
+    start_R: Integers
+    length_R: Integers
+    file_R: Integers
+    offset_R: Integers
 
 
 class Segments:
@@ -32,55 +34,68 @@ class Segments:
 
     def __init__(self, span: Span) -> None:
         self._span = span
-        self._known: dict[str, tuple[list[int], list[_Segment]]] = {}
+        self._known: dict[str, _Segments] = {}
 
-    def whole(self, reader: CheckpointReader) -> tuple[str, int] | None:
-        """File and byte offset of the span in a source, if it lies there in one piece."""
-        _, segments = self._of(reader)
-        return (segments[0].file, segments[0].offset_bytes) if len(segments) == 1 else None
+    def cuts(self, readers: Sequence[CheckpointReader]) -> list[int]:
+        """Bytes of the span at which a segment of any of the sources begins, and its end."""
+        starts = {int(start) for reader in readers for start in self._of(reader).start_R}
+        return sorted(starts | {0, self._span.length_in_bytes})
+
+    def place(self, reader: CheckpointReader, start: int) -> tuple[str, int]:
+        """File and byte offset in a source of the span's byte `start`."""
+        found = self._of(reader)
+        r = int(np.searchsorted(found.start_R, start, side="right")) - 1
+        return found.files[found.file_R[r]], int(found.offset_R[r] + start - found.start_R[r])
 
     def requests(
         self, reader: CheckpointReader, start: int, stop: int, into: memoryview
     ) -> list[ReadRequest]:
         """Requests that fill `into` with bytes `start` to `stop` of the span."""
-        starts, segments = self._of(reader)
+        found = self._of(reader)
+        first = int(np.searchsorted(found.start_R, start, side="right")) - 1
+        last = int(np.searchsorted(found.start_R, stop, side="left"))
         requests = []
-        for segment in segments[bisect_right(starts, start) - 1 :]:
-            if segment.span_start >= stop:
-                break
-            low = max(start, segment.span_start)
-            high = min(stop, segment.span_start + segment.length_bytes)
-            offset = segment.offset_bytes + low - segment.span_start
+        for r in range(max(first, 0), last):
+            begin, length = int(found.start_R[r]), int(found.length_R[r])
+            low, high = max(start, begin), min(stop, begin + length)
+            offset = int(found.offset_R[r]) + low - begin
             part = into[low - start : high - start]
-            requests.append(ReadRequest(file=segment.file, offset_bytes=offset, into=part))
+            file = found.files[found.file_R[r]]
+            requests.append(ReadRequest(file=file, offset_bytes=offset, into=part))
         return requests
 
-    def _of(self, reader: CheckpointReader) -> tuple[list[int], list[_Segment]]:
+    def _of(self, reader: CheckpointReader) -> _Segments:
         if reader.layout_digest not in self._known:
-            found = _joined(sorted(self._runs(reader), key=lambda segment: segment.span_start))
-            self._known[reader.layout_digest] = [segment.span_start for segment in found], found
+            self._known[reader.layout_digest] = self._found(reader)
         return self._known[reader.layout_digest]
 
-    def _runs(self, reader: CheckpointReader) -> Iterator[_Segment]:
+    def _found(self, reader: CheckpointReader) -> _Segments:
         width = self._span.dtype_in.bits // 8
+        files: dict[str, int] = {}
+        starts, counts, numbers, offsets = [], [], [], []
         position = 0  # of the piece in the span, in elements
         for piece in self._span.pieces:
-            spec, fragments = reader.tensors[piece.tensor], reader.fragments(piece.tensor)
-            for first, count, file, offset_bytes in stored_runs(spec, fragments, piece.start, piece.stop):
-                yield _Segment(
-                    span_start=(position + first - piece.start) * width,
-                    length_bytes=count * width,
-                    file=file,
-                    offset_bytes=offset_bytes,
-                )
+            runs = reader.runs(piece.tensor, piece.start, piece.stop, piece.box)
+            renumbered = np.array([files.setdefault(file, len(files)) for file in runs.files], np.int64)
+            starts.append((position + runs.first_R) * width)
+            counts.append(runs.count_R * width)
+            numbers.append(renumbered[runs.file_R])
+            offsets.append(runs.offset_R)
             position += piece.stop - piece.start
+        return _joined(tuple(files), *map(np.concatenate, (starts, counts, numbers, offsets)))
 
 
-def _joined(segments: list[_Segment]) -> list[_Segment]:
-    joined: list[_Segment] = []
-    for segment in segments:
-        if joined and joined[-1].continued_by(segment):
-            joined[-1] = replace(joined[-1], length_bytes=joined[-1].length_bytes + segment.length_bytes)
-        else:
-            joined.append(segment)
-    return joined
+def _joined(
+    files: tuple[str, ...], start_R: Integers, length_R: Integers, file_R: Integers, offset_R: Integers
+) -> _Segments:
+    """Runs that follow each other both in the span and in the file become one."""
+    continues_R = np.zeros(len(start_R), bool)
+    continues_R[1:] = (file_R[1:] == file_R[:-1]) & (offset_R[1:] == offset_R[:-1] + length_R[:-1])
+    firsts = np.flatnonzero(~continues_R)
+    return _Segments(
+        files=files,
+        start_R=start_R[firsts],
+        length_R=np.add.reduceat(length_R, firsts) if len(firsts) else length_R,
+        file_R=file_R[firsts],
+        offset_R=offset_R[firsts],
+    )

@@ -49,19 +49,24 @@ def _refuse_foreign(folder: Path) -> None:
     """Only a folder that is empty, or holds a lease of ours and plain files, is ever cleaned or written
     into.
     """
-    entries = [] if folder.is_symlink() else list(os.scandir(folder))
-    ours = not entries or any(entry.name.startswith(LEASE_FILE) for entry in entries)
-    if folder.is_symlink() or not ours or not all(entry.is_file(follow_symlinks=False) for entry in entries):
+    entries = [] if folder.is_symlink() else list(folder.rglob("*"))
+    ours = not entries or any(entry.name.startswith(LEASE_FILE) for entry in folder.iterdir())
+    plain = all(entry.is_dir() or entry.is_file() for entry in entries)
+    if folder.is_symlink() or not ours or not plain or any(entry.is_symlink() for entry in entries):
         raise UsageError(
             f"{folder} is in the way and was not left by a merge; remove it or choose another output"
         )
 
 
 def clear(folder: Path, *, but: tuple[str, ...] = (LEASE_FILE, JOURNAL_FILE)) -> None:
-    """Remove every file of a staging folder except those in `but`."""
-    for entry in folder.iterdir():
-        if entry.name not in but:
-            entry.unlink()
+    """Remove everything in a staging folder except the files in `but`."""
+    kept = {folder / name for name in but}
+    for entry in sorted(folder.rglob("*"), reverse=True):  # a folder's content comes before it
+        if not entry.is_dir():
+            if entry not in kept:
+                entry.unlink()
+        elif not any(entry.iterdir()):
+            entry.rmdir()
 
 
 def leftover_bytes(out: Path) -> int:
@@ -69,18 +74,25 @@ def leftover_bytes(out: Path) -> int:
     folder = staging_folder(out)
     if folder.is_symlink() or not (folder / LEASE_FILE).is_file():
         return 0
-    return sum(entry.stat().st_blocks * 512 for entry in folder.iterdir())
+    return sum(entry.stat().st_blocks * 512 for entry in folder.rglob("*"))
 
 
 def publish(folder: Path, out: Path) -> None:
     """Give the finished folder its name, for good: everything in it is on the disk before, the name after."""
-    sync_folder(folder)
+    sync_folders(folder)
     _rename_without_replacing(folder, out)
     sync_folder(out.parent)
     # only now: without its lease the folder would be free for another process to take until the rename
     for name in (JOURNAL_FILE, LEASE_FILE):
         (out / name).unlink(missing_ok=True)
     sync_folder(out)
+
+
+def sync_folders(folder: Path) -> None:
+    """Make the names in a folder and in those below it durable."""
+    for inner in folder.rglob("*/"):
+        sync_folder(inner)
+    sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:

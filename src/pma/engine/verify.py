@@ -19,7 +19,7 @@ from pma.engine.blocks import Block
 from pma.engine.plan import MergeOptions, Plan, plan
 from pma.engine.work import work_of
 from pma.errors import FormatError, InputError, PmaError, printable
-from pma.formats.files import open_for_reading, read_exactly
+from pma.formats.files import is_inside, open_file, read_exactly
 from pma.trajectory import from_checkpoints
 from pma.types import DType
 
@@ -70,7 +70,7 @@ def verify(out: Path, *, samples: int | None = 16) -> Verification:
 def _rehash(out: Path, outputs: Sequence[dict[str, Any]]) -> tuple[list[str], int]:
     findings, hashed = [], 0
     for output in outputs:
-        path = out / _plain_name(output["name"])
+        path = out / _name_inside(output["name"])
         if not path.is_file():
             findings.append(f"{path} is missing")
             continue
@@ -110,7 +110,7 @@ def _tensors_at(out: Path, file: str, start: int, stop: int) -> str:
 def _changed_small_files(out: Path, small_files: Sequence[dict[str, Any]]) -> list[str]:
     findings = []
     for file in small_files:
-        path = out / _plain_name(file["name"])
+        path = out / _name_inside(file["name"])
         if not path.is_file():
             findings.append(f"{path} is missing")
         elif blake3(path.read_bytes()).hexdigest() != file["blake3"]:
@@ -129,7 +129,7 @@ def _chunks(path: Path, size_bytes: int, chunk_bytes: int) -> Iterator[memoryvie
 def _changed_sources(sources: Sequence[dict[str, Any]]) -> Iterator[str]:
     for source in sources:
         for file in source["files"]:
-            found = Path(source["folder"]) / _plain_name(file["name"])
+            found = Path(source["folder"]) / _name_inside(file["name"])
             if not found.is_file():
                 yield f"{found} is gone"
             elif (found.stat().st_size, found.stat().st_mtime_ns) != (file["size_bytes"], file["mtime_ns"]):
@@ -147,6 +147,7 @@ def _planned_again(out: Path, value: dict[str, Any]) -> Plan:
         dtype=DType[value["dtype"]] if value["dtype"] else None,
         exclude=tuple(value["exclude"]),
         copy=tuple(value["copy"]),
+        with_optimizer=value.get("with_optimizer", False),
         allow_nonfinite=value["allow_nonfinite"],
     )
     again = plan(trajectory.points, options, as_given=True)
@@ -184,7 +185,7 @@ def _derive(again: Plan, out: Path, numbers: Sequence[int]) -> list[str]:
 
 
 def _read(path: Path, offset_bytes: int, into: memoryview) -> None:
-    descriptor = open_for_reading(path)
+    descriptor = open_file(path)
     try:
         read_exactly(descriptor, offset_bytes, [into], path)
     finally:
@@ -207,7 +208,7 @@ def _spread(count: int, samples: int | None) -> Sequence[int]:
     return [i * count // samples for i in range(samples)]
 
 
-def _plain_name(name: str) -> str:
-    if Path(name).name != name:
-        raise FormatError(f"{printable(name)!r} in {provenance.RECORD_FILE} is not a plain file name")
+def _name_inside(name: str) -> str:
+    if not is_inside(name):
+        raise FormatError(f"{printable(name)!r} in {provenance.RECORD_FILE} leads out of its folder")
     return name

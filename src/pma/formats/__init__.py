@@ -4,43 +4,53 @@ group `pma.formats`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Protocol
+from re import Match
+from typing import cast
 
 from pma.errors import FormatError
-from pma.formats.contracts import UNFINISHED_SUFFIX, CheckpointReader
+from pma.formats.contracts import UNFINISHED_SUFFIX, CheckpointReader, FormatModule
+from pma.types import CheckpointMeta, Layout, TensorSpec
 
-__all__ = ["UNFINISHED_SUFFIX", "is_checkpoint", "open_checkpoint"]
+__all__ = [
+    "UNFINISHED_SUFFIX",
+    "is_checkpoint",
+    "named_step",
+    "open_checkpoint",
+    "plan_layout",
+    "read_meta",
+]
 
 _BUILT_IN = ("pma.formats.safetensors",)
 
 
-class FormatModule(Protocol):
-    """What a module must offer to be a format."""
-
-    FORMAT: str
-
-    def detect(self, path: Path) -> bool:
-        """Whether `path` is a checkpoint of this format, judged by names alone."""
-
-    def open_reader(self, path: Path) -> CheckpointReader:
-        """Open one; headers only."""
-
-
 def _formats() -> Iterator[FormatModule]:
     for name in _BUILT_IN:
-        yield import_module(name)
+        yield cast(FormatModule, import_module(name))
     # asked only when no built-in format fits: scanning the installed distributions takes tens of milliseconds
     for entry_point in entry_points(group="pma.formats"):
         yield entry_point.load()
 
 
+def _format_of(path: Path) -> FormatModule | None:
+    return next((module for module in _formats() if module.detect(path)), None)
+
+
 def is_checkpoint(path: Path) -> bool:
     """Whether any known format recognises `path`."""
-    return any(module.detect(path) for module in _formats())
+    return _format_of(path) is not None
+
+
+def named_step(name: str) -> int | None:
+    """The step in the name of a checkpoint, as some trainer names them; None for any other name."""
+    for module in _formats():
+        found: Match[str] | None = module.CHECKPOINT_NAME.fullmatch(name)
+        if found is not None:
+            return int(found["step"])
+    return None
 
 
 def open_checkpoint(path: Path) -> CheckpointReader:
@@ -49,10 +59,29 @@ def open_checkpoint(path: Path) -> CheckpointReader:
     """
     if not path.exists():
         raise FormatError(f"{path} does not exist")
-    for module in _formats():
-        if module.detect(path):
-            return module.open_reader(path)
-    what = "a folder without safetensors files" if path.is_dir() else "a file that is not *.safetensors"
+    module = _format_of(path)
+    if module is not None:
+        return module.open_reader(path)
+    what = "a folder without files of a known format" if path.is_dir() else "a file of no known format"
     raise FormatError(
         f"{path} is {what}; expected a checkpoint, such as a folder with model.safetensors in it"
     )
+
+
+def read_meta(path: Path) -> CheckpointMeta:
+    """What the records of the checkpoint at `path` say, by the format that recognises it."""
+    if any(part.endswith(UNFINISHED_SUFFIX) for part in (path.name, path.parent.name)):
+        return CheckpointMeta(incomplete="it is an output of pma that is not finished")
+    module = _format_of(path)
+    if module is None:
+        return CheckpointMeta(incomplete="no weights are there yet")
+    return module.read_meta(path)
+
+
+def plan_layout(
+    tensors: Mapping[str, TensorSpec], like: CheckpointReader | None, to: str | None = None
+) -> Layout:
+    """Where an output's tensors go, in the format named `to`, or in that of `like`."""
+    wanted = to or (like.format if like is not None else None)
+    module = next(module for module in _formats() if wanted == module.FORMAT)
+    return module.plan_layout(tensors, like if like is not None and like.format == wanted else None)

@@ -27,9 +27,10 @@ class OpenFiles:
     A file in use is never closed: users are counted, and only idle ones beyond `most_idle` go.
     """
 
-    def __init__(self, folder: Path, most_idle: int = 2) -> None:
+    def __init__(self, folder: Path, most_idle: int = 2, flags: int = os.O_RDONLY) -> None:
         self._folder = folder
         self._most_idle = most_idle
+        self._flags = flags
         self._lock = threading.Lock()
         self._open: OrderedDict[str, list[int]] = OrderedDict()  # name -> [descriptor, users]
 
@@ -38,7 +39,7 @@ class OpenFiles:
         """The descriptor of `name`, kept open while in the block."""
         with self._lock:
             if name not in self._open:
-                self._open[name] = [open_for_reading(self._folder / name), 0]
+                self._open[name] = [open_file(self._folder / name, self._flags), 0]
             self._open.move_to_end(name)
             entry = self._open[name]
             entry[1] += 1
@@ -55,15 +56,27 @@ class OpenFiles:
             os.close(self._open.pop(name)[0])
 
     def close(self) -> None:
-        """Close every file that is not in use."""
+        """Close every file that is not in use; they are opened again when wanted."""
         with self._lock:
             self._close_idle(0)
 
+    def __del__(self) -> None:
+        self.close()  # of a reader that refused its checkpoint, nobody else would
 
-def open_for_reading(path: Path) -> int:
-    """A read-only descriptor. Raises FormatError for a folder or device (a pipe would block for ever)."""
+
+def is_inside(name: object) -> bool:
+    """Whether `name` from an untrusted file names something below the folder it is relative to."""
+    if not isinstance(name, str) or not name or not name.isprintable() or "\\" in name:
+        return False
+    return not name.startswith("/") and all(part not in ("", ".", "..") for part in name.split("/"))
+
+
+def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a file that exists. Raises FormatError for a folder or device (a pipe would block for
+    ever).
+    """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError as error:
         raise IncompleteError(
             f"{path} does not exist (any more); a checkpoint needs all of its files"

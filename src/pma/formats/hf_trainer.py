@@ -14,7 +14,7 @@ from pma.formats.strict_json import load_object
 from pma.types import CheckpointMeta, TrainingLog
 
 STATE_FILE = "trainer_state.json"
-TRAINER_FOLDER = re.compile(r"checkpoint-(\d{1,18})", re.ASCII)
+TRAINER_FOLDER = re.compile(r"checkpoint-(?P<step>\d{1,18})", re.ASCII)
 _RECORD_FILE = "pma.json"  # a merge of ours is complete without the Trainer's state
 _LARGEST_STATE_BYTES = 256 * 2**20
 

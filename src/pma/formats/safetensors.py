@@ -4,31 +4,26 @@ and writer.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from blake3 import blake3
-
-from pma.errors import FormatError, IncompleteError, InputError, SpaceError, StorageError, printable
+from pma.errors import FormatError, IncompleteError, printable
 from pma.formats import hf_trainer, strict_json
-from pma.formats.contracts import UNFINISHED_SUFFIX, ReadRequest
-from pma.formats.files import NO_ROOM, OpenFiles, coalesced, read_exactly
+from pma.formats.contracts import CheckpointReader
+from pma.formats.folder import LocalFolder
+from pma.formats.reader import FileReader
 from pma.formats.safetensors_header import encode_header, read_header
-from pma.quantities import bytes_text
-from pma.types import CheckpointMeta, FileIdentity, Fragment, Layout, OutputFile, TensorSpec
+from pma.types import CheckpointMeta, Fragment, Layout, OutputFile, TensorSpec
 
 FORMAT = "safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _LARGEST_INDEX_BYTES = 64 * 2**20
-# one call for 4 MiB takes up to three times as long as eight: the system looks for memory in larger pieces
-_WRITE_BYTES = 2**19
+# as large as transformers makes them
+_SHARD_BYTES = 5 * 10**9
+CHECKPOINT_NAME = hf_trainer.TRAINER_FOLDER
 
 
 def detect(path: Path) -> bool:
@@ -43,19 +38,16 @@ def open_reader(path: Path) -> SafetensorsReader:
     return SafetensorsReader(path)
 
 
-class SafetensorsReader:
+class SafetensorsReader(FileReader):
     """Reads one safetensors checkpoint by position. Implements `CheckpointReader`."""
 
     format = FORMAT
-    request_bytes = 2**19
-    forget_after_reading = False
-    requests_in_flight = 4
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._folder = path if path.is_dir() else path.parent
+        folder = LocalFolder(path if path.is_dir() else path.parent)
         names, weight_map = _shard_names(path)
-        self._headers = {name: read_header(self._folder / name) for name in names}
+        self._headers = {name: read_header(folder, name) for name in names}
+        super().__init__(path, folder, {name: header.digest for name, header in self._headers.items()})
         beside = sorted(found.name for found in path.glob("*.safetensors")) if path.is_dir() else []
         self.ignored_files = tuple(name for name in beside if name not in self._headers)
         self._file_of: dict[str, str] = {}
@@ -68,15 +60,6 @@ class SafetensorsReader:
                 self._file_of[name] = file
         if weight_map is not None:
             _check_index(path, weight_map, self._file_of)
-        self._files = OpenFiles(self._folder)
-        digests = [f"{name} {header.digest} {header.file_bytes}" for name, header in self._headers.items()]
-        self.layout_digest = blake3("\n".join(digests).encode("utf-8", "surrogateescape")).hexdigest()
-
-    @cached_property
-    def meta(self) -> CheckpointMeta:
-        if self._folder.name.endswith(UNFINISHED_SUFFIX):
-            return CheckpointMeta(incomplete="it is an output of pma that is not finished")
-        return hf_trainer.read_meta(self.path) if self.path.is_dir() else CheckpointMeta()
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorSpec]:
@@ -85,43 +68,12 @@ class SafetensorsReader:
     def fragments(self, name: str) -> tuple[Fragment, ...]:
         file = self._file_of[name]
         header = self._headers[file]
-        fragment = Fragment(
-            tensor=name,
-            file=file,
-            offset_bytes=header.offsets_bytes[name],
-            length_bytes=header.tensors[name].length_bytes,
-            flat_start=0,
-        )
-        return (fragment,)
+        return (Fragment.whole(header.tensors[name], file, header.offsets_bytes[name]),)
 
-    def read_many(self, requests: Sequence[ReadRequest]) -> None:
-        for file, offset_bytes, buffers in coalesced(requests):
-            with self._files.use(file) as descriptor:
-                read_exactly(descriptor, offset_bytes, buffers, self._folder / file)
-                if self.forget_after_reading:
-                    length = sum(len(buffer) for buffer in buffers)
-                    os.posix_fadvise(descriptor, offset_bytes, length, os.POSIX_FADV_DONTNEED)
 
-    def descriptor(self, file: str) -> AbstractContextManager[int] | None:
-        # what is to be forgotten after reading goes through `read_many`, which does that
-        return None if self.forget_after_reading else self._files.use(file)
-
-    def identities(self) -> tuple[FileIdentity, ...]:
-        found = []
-        for name, header in self._headers.items():
-            status = os.stat(self._folder / name)
-            found.append(
-                FileIdentity(
-                    name=name,
-                    size_bytes=status.st_size,
-                    mtime_ns=status.st_mtime_ns,
-                    header_digest=header.digest,
-                )
-            )
-        return tuple(found)
-
-    def close(self) -> None:
-        self._files.close()
+def read_meta(path: Path) -> CheckpointMeta:
+    """What the Trainer recorded beside the weights; all unknown for a lone file."""
+    return hf_trainer.read_meta(path) if path.is_dir() else CheckpointMeta()
 
 
 def _shard_names(path: Path) -> tuple[list[str], dict[str, str] | None]:
@@ -183,8 +135,17 @@ def _check_index(folder: Path, indexed: Mapping[str, str], file_of: Mapping[str,
             )
 
 
-def plan_layout(tensors: Mapping[str, TensorSpec], shards: Mapping[str, str]) -> Layout:
-    """Where each tensor of an output goes: into the file that `shards` names, wide elements first.
+def plan_layout(tensors: Mapping[str, TensorSpec], like: CheckpointReader | None) -> Layout:
+    """Where each tensor of an output goes: into a file of the same name as in `like`, else into files filled
+    up to a size. A lone file is named as transformers expects.
+    """
+    shards = _shards(tensors) if like is None else {name: like.fragments(name)[0].file for name in tensors}
+    alone = len(set(shards.values())) == 1
+    return layout_of(tensors, dict.fromkeys(shards, SINGLE_FILE) if alone else shards)
+
+
+def layout_of(tensors: Mapping[str, TensorSpec], shards: Mapping[str, str]) -> Layout:
+    """Each tensor in the file that `shards` names, wide elements first.
 
     Descending element size keeps every element aligned to its size, so that blocks cut at multiples of 8
     bytes never split one; the order is otherwise the one given.
@@ -192,138 +153,36 @@ def plan_layout(tensors: Mapping[str, TensorSpec], shards: Mapping[str, str]) ->
     specs_by_file: dict[str, list[TensorSpec]] = {}
     for name, spec in tensors.items():
         specs_by_file.setdefault(shards[name], []).append(spec)
-    files = []
-    for file, inside in specs_by_file.items():
-        inside.sort(key=lambda spec: -min(spec.dtype.bits, 64))
-        header = encode_header(inside, {"format": "pt"})
-        fragments, offset = [], len(header)
-        for spec in inside:
-            fragments.append(
-                Fragment(
-                    tensor=spec.name,
-                    file=file,
-                    offset_bytes=offset,
-                    length_bytes=spec.length_bytes,
-                    flat_start=0,
-                )
-            )
-            offset += spec.length_bytes
-        files.append(
-            OutputFile(name=file, size_bytes=offset, constants=((0, header),), fragments=tuple(fragments))
-        )
-    return Layout(tensors=dict(tensors), files=tuple(files))
+    files = tuple(_output_file(file, inside) for file, inside in specs_by_file.items())
+    alone = list(specs_by_file) == [SINGLE_FILE]
+    records = {} if alone else {INDEX_FILE: _index(tensors, shards)}
+    return Layout(tensors=dict(tensors), files=files, records=records)
 
 
-def shards_like(reader: SafetensorsReader, tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """Which output file each tensor goes to: the one it has in `reader`; a lone file is named as
-    transformers expects.
-    """
-    files = {name: reader.fragments(name)[0].file for name in tensors}
-    alone = len(set(files.values())) == 1
-    return dict.fromkeys(files, SINGLE_FILE) if alone else files
+def _shards(tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """File by tensor, in the order given, each file as large as fits below a limit."""
+    numbers, number, filled = {}, 0, 0
+    for name, spec in tensors.items():
+        if filled and filled + spec.length_bytes > _SHARD_BYTES:
+            number, filled = number + 1, 0
+        numbers[name] = number
+        filled += spec.length_bytes
+    return {name: f"model-{at + 1:05}-of-{number + 1:05}.safetensors" for name, at in numbers.items()}
 
 
-def _no_room(folder: Path, layout: Layout, error: OSError) -> SpaceError:
-    needed = bytes_text(sum(file.size_bytes for file in layout.files))
-    return SpaceError(
-        f"{folder.parent} has no room for the output's {needed} ({error.strerror}); "
-        "free some space or choose another place"
-    )
+def _output_file(file: str, inside: list[TensorSpec]) -> OutputFile:
+    inside = sorted(inside, key=lambda spec: -min(spec.dtype.bits, 64))
+    header = encode_header(inside, {"format": "pt"})
+    fragments, offset = [], len(header)
+    for spec in inside:
+        fragments.append(Fragment.whole(spec, file, offset))
+        offset += spec.length_bytes
+    return OutputFile(name=file, size_bytes=offset, constants=((0, header),), fragments=tuple(fragments))
 
 
-class SafetensorsWriter:
-    """Writes one safetensors checkpoint into `folder`. Implements `CheckpointWriter`."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._layout: Layout | None = None
-
-    def create(self, layout: Layout) -> None:
-        self._layout = layout
-        for file in layout.files:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            descriptor = os.open(self._folder / file.name, flags, 0o644)
-            try:
-                if os.fstat(descriptor).st_size != file.size_bytes:
-                    os.ftruncate(descriptor, file.size_bytes)
-                # reserve the room now: a full disk must be found before hours of reading
-                os.posix_fallocate(descriptor, 0, max(file.size_bytes, 1))
-            except OSError as error:
-                if error.errno in NO_ROOM:
-                    raise _no_room(self._folder, layout, error) from error
-                if error.errno == errno.EIO:
-                    raise _write_error(self._folder / file.name, error) from error
-                # else the file system cannot reserve
-            finally:
-                os.close(descriptor)
-
-    def open_part(self) -> SafetensorsPart:
-        return SafetensorsPart(self._folder)
-
-    def write_bytes(self, name: str, data: bytes) -> None:
-        path = self._folder / name
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-        descriptor = os.open(path, flags, 0o644)
-        try:
-            _write_exactly(descriptor, 0, memoryview(data), path)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-    def finish(self) -> None:
-        assert self._layout is not None
-        files = self._layout.files
-        if [file.name for file in files] == [SINGLE_FILE]:
-            return
-        weight_map = {fragment.tensor: file.name for file in files for fragment in file.fragments}
-        total = sum(spec.length_bytes for spec in self._layout.tensors.values())
-        index: dict[str, Any] = {
-            "metadata": {"total_size": total},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
-        self.write_bytes(INDEX_FILE, json.dumps(index, indent=2).encode("utf-8") + b"\n")
-
-
-class SafetensorsPart:
-    """One process's open output files. Implements `PartWriter`."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._descriptors: dict[str, int] = {}
-
-    def write(self, file: str, offset_bytes: int, values: memoryview) -> None:
-        _write_exactly(self._descriptor(file), offset_bytes, values, self._folder / file)
-
-    def _descriptor(self, file: str) -> int:
-        if file not in self._descriptors:
-            descriptor = os.open(self._folder / file, os.O_WRONLY | os.O_CLOEXEC)
-            if self._descriptors.setdefault(file, descriptor) != descriptor:
-                os.close(descriptor)  # another thread was first
-        return self._descriptors[file]
-
-    def sync(self) -> None:
-        for file, descriptor in list(self._descriptors.items()):
-            try:
-                os.fdatasync(descriptor)
-            except OSError as error:
-                raise _write_error(self._folder / file, error) from error
-
-    def close(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors = {}
-
-
-def _write_exactly(descriptor: int, offset_bytes: int, values: memoryview, path: Path) -> None:
-    while len(values):
-        try:
-            count = os.pwrite(descriptor, values[:_WRITE_BYTES], offset_bytes)
-        except OSError as error:
-            raise _write_error(path, error) from error
-        offset_bytes += count
-        values = values[count:]
-
-
-def _write_error(path: Path, error: OSError) -> InputError:
-    kind = SpaceError if error.errno in NO_ROOM else StorageError
-    return kind(f"{path}: writing failed: {error.strerror}")
+def _index(tensors: Mapping[str, TensorSpec], shards: Mapping[str, str]) -> bytes:
+    index = {
+        "metadata": {"total_size": sum(spec.length_bytes for spec in tensors.values())},
+        "weight_map": dict(sorted(shards.items())),
+    }
+    return json.dumps(index, indent=2).encode("utf-8") + b"\n"

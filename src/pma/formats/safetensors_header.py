@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,14 @@ from weakref import WeakValueDictionary
 from blake3 import blake3
 
 from pma.errors import FormatError, IncompleteError, printable
-from pma.formats.files import open_for_reading, read_exactly
+from pma.formats.folder import LocalFolder
 from pma.formats.strict_json import parse_object
 from pma.types import DType, TensorSpec
 
 # the library itself allows 100 MB; a header of 100,000 tensors has about 12
 LARGEST_HEADER_BYTES = 32 * 2**20
 _DTYPES = {dtype.value[0]: dtype for dtype in DType}
+_FIRST_READ_BYTES = 2**15
 # the shards of a run's checkpoints have the same headers: each is parsed, checked and held once
 _parsed: WeakValueDictionary[tuple[str, int], Header] = WeakValueDictionary()
 
@@ -41,33 +41,32 @@ class Header:
     digest: str
 
 
-def read_header(path: Path) -> Header:
-    """Parse and check the header of `path`; reads nothing else. Raises FormatError or IncompleteError."""
-    descriptor = open_for_reading(path)
-    try:
-        file_bytes = os.fstat(descriptor).st_size
-        if file_bytes < 8:
-            raise IncompleteError(
-                f"{path} has {file_bytes} bytes; a safetensors file has at least 8. It was cut short"
-            )
-        length_field = bytearray(8)
-        read_exactly(descriptor, 0, [memoryview(length_field)], path)
-        header_bytes = int.from_bytes(length_field, "little")
-        if header_bytes > LARGEST_HEADER_BYTES:
-            raise FormatError(
-                f"{path}: a header of {header_bytes} bytes is announced, at most {LARGEST_HEADER_BYTES} is "
-                "read; "
-                "this is no safetensors file, or a damaged one"
-            )
-        if 8 + header_bytes > file_bytes:
-            raise IncompleteError(
-                f"{path}: the header should end at byte {8 + header_bytes}, the file at {file_bytes}. It was "
-                "cut short"
-            )
-        text = bytearray(header_bytes)
-        read_exactly(descriptor, 8, [memoryview(text)], path)
-    finally:
-        os.close(descriptor)
+def read_header(folder: LocalFolder, name: str) -> Header:
+    """Parse and check the header of a file; reads nothing else. Raises FormatError or IncompleteError."""
+    path = folder.path / name
+    file_bytes = folder.size_bytes(name)
+    if file_bytes < 8:
+        raise IncompleteError(
+            f"{path} has {file_bytes} bytes; a safetensors file has at least 8. It was cut short"
+        )
+    # the length field, and more in the same request: a remote store takes long to answer
+    first = bytearray(min(_FIRST_READ_BYTES, file_bytes))
+    folder.read(name, 0, [memoryview(first)])
+    header_bytes = int.from_bytes(first[:8], "little")
+    if header_bytes > LARGEST_HEADER_BYTES:
+        raise FormatError(
+            f"{path}: a header of {header_bytes} bytes is announced, at most {LARGEST_HEADER_BYTES} is "
+            "read; "
+            "this is no safetensors file, or a damaged one"
+        )
+    if 8 + header_bytes > file_bytes:
+        raise IncompleteError(
+            f"{path}: the header should end at byte {8 + header_bytes}, the file at {file_bytes}. It was "
+            "cut short"
+        )
+    rest = bytearray(max(8 + header_bytes - len(first), 0))
+    folder.read(name, len(first), [memoryview(rest)])
+    text = (first[8:] + rest)[:header_bytes]
     digest = blake3(text).hexdigest()
     header = _parsed.get((digest, file_bytes))
     if header is None:

@@ -21,7 +21,8 @@ import numpy as np
 import pytest
 
 from pma.errors import FormatError, IncompleteError
-from pma.formats.contracts import CheckpointReader, CheckpointWriter, ReadRequest, range_requests
+from pma.formats.contracts import CheckpointReader, ReadRequest, requests_for
+from pma.formats.folder_writer import FolderWriter
 from pma.testing.builders import Raw, random_raw
 from pma.types import DType, Layout, TensorSpec
 
@@ -38,7 +39,7 @@ def read_range(reader: CheckpointReader, name: str, start: int, stop: int) -> by
     """Elements `start` to `stop` of a tensor, through the reader's contract."""
     spec = reader.tensors[name]
     into = bytearray((stop - start) * spec.dtype.bits // 8)
-    reader.read_many(list(range_requests(spec, reader.fragments(name), start, stop, memoryview(into))))
+    reader.read_many(requests_for(reader.runs(name, start, stop), spec.dtype.bits // 8, memoryview(into)))
     return bytes(into)
 
 
@@ -114,7 +115,8 @@ class ReaderContract:
             requests: list[ReadRequest] = []
             for raw in self.sample:
                 spec, view = reader.tensors[raw.spec.name], memoryview(buffers[raw.spec.name])
-                requests += range_requests(spec, reader.fragments(spec.name), 0, spec.element_count, view)
+                runs = reader.runs(spec.name, 0, spec.element_count)
+                requests += requests_for(runs, spec.dtype.bits // 8, view)
             reader.read_many(requests[::-1])
             assert buffers == {raw.spec.name: raw.data for raw in self.sample}
 
@@ -167,13 +169,13 @@ class ReaderContract:
 
 
 class WriterContract:
-    """What every `CheckpointWriter` must do."""
+    """What a planned layout must give when it is written."""
 
     sample: Sequence[Raw] = SAMPLE
 
-    def writer(self, folder: Path) -> CheckpointWriter:
-        """The writer under test, for an empty folder."""
-        raise AssertionError("a subclass makes one")
+    def writer(self, folder: Path) -> FolderWriter:
+        """The writer, for an empty folder."""
+        return FolderWriter(folder)
 
     def layout(self, tensors: Mapping[str, TensorSpec]) -> Layout:
         """Where the tensors go."""

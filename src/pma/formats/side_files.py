@@ -1,16 +1,11 @@
-"""The small files beside the weights, copied from the newest source so that the output can be used at
-once.
-"""
+"""The small files beside the weights of a checkpoint: with them a copy of the weights can be used at once."""
 
 from __future__ import annotations
 
-import json
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pma.errors import InputError
-from pma.formats.strict_json import parse_object
-from pma.types import DType
 
 # configuration, tokenizer, generation settings, chat template, code (copied and listed, never imported)
 _PATTERNS = (
@@ -30,16 +25,10 @@ _PATTERNS = (
     "*.py",
 )
 _LARGEST_BYTES = 128 * 2**20
-_TORCH_NAMES = {DType.F16: "float16", DType.BF16: "bfloat16", DType.F32: "float32", DType.F64: "float64"}
 
 
-def read(source: Path, dtype: DType | None) -> dict[str, bytes]:
-    """The side files of a checkpoint folder by name, as they go into the output. Raises InputError for
-    unusable ones.
-
-    `dtype`: the output's type where it is not the sources' own. It is then put into config.json, because
-    transformers loads weights in the type that the configuration names.
-    """
+def read(source: Path) -> dict[str, bytes]:
+    """The side files of a checkpoint folder by name. Raises InputError for unusable ones."""
     if not source.is_dir():
         return {}
     files = {}
@@ -54,8 +43,4 @@ def read(source: Path, dtype: DType | None) -> dict[str, bytes]:
             files[path.name] = path.read_bytes()
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    if "config.json" in files and dtype is not None:
-        config = parse_object(files["config.json"], str(source / "config.json"))
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = _TORCH_NAMES[dtype]
-        files["config.json"] = json.dumps(config, indent=2).encode("utf-8") + b"\n"
     return files
