@@ -22,8 +22,10 @@ from pma.errors import InputError, MismatchError, UsageError, printable
 from pma.formats.contracts import CheckpointReader
 from pma.formats.strict_json import parse_object
 from pma.trajectory import TrajectoryPoint
-from pma.types import DType, FileIdentity, Layout, TensorSpec
+from pma.types import DType, FileIdentity, Layout, Role, TensorSpec
 
+# what must be the same in all sources; anything else is the newest's
+_COMPARED = (Role.PARAMETER, Role.BUFFER, Role.MASTER)
 _TORCH_NAMES = {DType.F16: "float16", DType.BF16: "bfloat16", DType.F32: "float32", DType.F64: "float64"}
 
 
@@ -33,7 +35,8 @@ class MergeOptions:
 
     `scheme`: see `averaging.scheme`. `weights`: given weights, oldest first, instead of a scheme. `dtype`:
     element type of averaged tensors, the inputs' own by default. `exclude`, `copy`: patterns of tensor names
-    to leave out, or to take from the newest checkpoint.
+    to leave out, or to take from the newest checkpoint. `with_optimizer`: average the optimizer's masters
+    too and carry the rest of the newest checkpoint's training state; left out otherwise.
     """
 
     scheme: str = "sma"
@@ -41,6 +44,7 @@ class MergeOptions:
     dtype: DType | None = None
     exclude: tuple[str, ...] = ()
     copy: tuple[str, ...] = ()
+    with_optimizer: bool = False
     allow_nonfinite: bool = False
     threads: int = 2
     memory_bytes: int = DEFAULT_MEMORY_BYTES
@@ -134,6 +138,9 @@ class Plan:
             "tensors": {policy: len(names) for policy, names in groups.items()},
             "copied": groups["copy newest"],
             "excluded": groups["excluded"],
+            "training_state_left_out": sum(
+                not _wanted(spec, self.options) for spec in self.newest.tensors.values()
+            ),
             "parameters": parameter_count(self.tensors),
             "output_dtypes": sorted({spec.dtype.value[0] for spec in self.layout.tensors.values()}),
             "output_files": [file.name for file in self.layout.files],
@@ -169,12 +176,12 @@ def plan(
                 on_error.callback(opened[point.path].close)
             readers.append(opened[point.path])
         newest = readers[-1]
-        everything = {name: spec for reader in readers for name, spec in reader.tensors.items()}
+        everything = {name: s for r in readers for name, s in r.tensors.items() if _wanted(s, options)}
         _check_patterns(everything, options)
         excluded = tuple(n for n in everything if any(fnmatchcase(n, p) for p in options.exclude))
         unwanted = set(excluded)
-        tensors = {name: spec for name, spec in newest.tensors.items() if name not in unwanted}
-        _check_same(readers, tensors, excluded)
+        tensors = {n: s for n, s in newest.tensors.items() if n in everything and n not in unwanted}
+        _check_same(readers, {n: s for n, s in tensors.items() if s.role in _COMPARED}, excluded)
         policies = {name: _policy(spec, options.copy, newest.path) for name, spec in tensors.items()}
         outputs = {name: _output_spec(spec, policies[name], options.dtype) for name, spec in tensors.items()}
         layout = formats.plan_layout(outputs, newest)
@@ -202,8 +209,13 @@ def plan(
 
 
 def parameter_count(tensors: Mapping[str, TensorSpec]) -> int:
-    """Elements of all floating tensors."""
-    return sum(s.element_count for s in tensors.values() if s.dtype.kind not in ("integer", "boolean"))
+    """Elements of all floating tensors of the model itself."""
+    floating = [s for s in tensors.values() if s.dtype.kind not in ("integer", "boolean")]
+    return sum(s.element_count for s in floating if s.role in (Role.PARAMETER, Role.BUFFER))
+
+
+def _wanted(spec: TensorSpec, options: MergeOptions) -> bool:
+    return options.with_optimizer or spec.role in (Role.PARAMETER, Role.BUFFER, Role.OPAQUE)
 
 
 def is_mixture_of_experts(tensors: Mapping[str, TensorSpec]) -> bool:
@@ -259,7 +271,10 @@ def _check_same(
                 "out, "
                 "or the tensor with --exclude"
             )
-        for name in sorted(reader.tensors.keys() - tensors.keys() - set(excluded)):
+        weights = {
+            name for name, spec in reader.tensors.items() if spec.role in (Role.PARAMETER, Role.BUFFER)
+        }
+        for name in sorted(weights - tensors.keys() - set(excluded)):
             raise MismatchError(
                 f"{printable(name)} is in {reader.path} but missing in {newest.path}, the newest; leave that "
                 "checkpoint out, or the tensor with --exclude"
@@ -280,7 +295,7 @@ def _check_same(
 
 
 def _policy(spec: TensorSpec, copy: Sequence[str], path: Path) -> Policy:
-    if any(fnmatchcase(spec.name, pattern) for pattern in copy):
+    if spec.role not in _COMPARED or any(fnmatchcase(spec.name, pattern) for pattern in copy):
         return Policy.COPY_NEWEST
     if spec.dtype.kind == "quantised":
         raise InputError(

@@ -43,6 +43,7 @@ def record(
         "dtype": options.dtype.name if options.dtype else None,
         "exclude": list(options.exclude),
         "copy": list(options.copy),
+        "with_optimizer": options.with_optimizer,
         "allow_nonfinite": options.allow_nonfinite,
         "sources": [
             {
@@ -70,6 +71,7 @@ def heading(plan: Plan) -> dict[str, Any]:
     """
     options = plan.options
     choices = [options.scheme, options.weights, options.exclude, options.copy, options.allow_nonfinite]
+    choices.append(options.with_optimizer)
     files = [(file.name, file.size_bytes) for file in plan.layout.files]
     headers = [data.hex() for file in plan.layout.files for _, data in file.constants]
     sources = [

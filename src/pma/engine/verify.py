@@ -147,6 +147,7 @@ def _planned_again(out: Path, value: dict[str, Any]) -> Plan:
         dtype=DType[value["dtype"]] if value["dtype"] else None,
         exclude=tuple(value["exclude"]),
         copy=tuple(value["copy"]),
+        with_optimizer=value.get("with_optimizer", False),
         allow_nonfinite=value["allow_nonfinite"],
     )
     again = plan(trajectory.points, options, as_given=True)

@@ -24,7 +24,7 @@ __all__ = [
     "read_meta",
 ]
 
-_BUILT_IN = ("pma.formats.safetensors",)
+_BUILT_IN = ("pma.formats.safetensors", "pma.formats.torch_files")
 
 
 def _formats() -> Iterator[FormatModule]:

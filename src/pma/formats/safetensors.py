@@ -62,10 +62,6 @@ class SafetensorsReader(FileReader):
             _check_index(path, weight_map, self._file_of)
 
     @cached_property
-    def meta(self) -> CheckpointMeta:
-        return read_meta(self.path)
-
-    @cached_property
     def tensors(self) -> Mapping[str, TensorSpec]:
         return {name: spec for header in self._headers.values() for name, spec in header.tensors.items()}
 

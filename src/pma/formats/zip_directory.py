@@ -208,4 +208,4 @@ def _local_length(header: bytes, name: str, length_bytes: int, where: str) -> in
             f"{where}: the zip directory gives member {printable(name)} {length_bytes} bytes, "
             f"the member itself {size}"
         )
-    return begins + int(extra_bytes)
+    return int(begins + extra_bytes)
