@@ -59,14 +59,24 @@ def stream(
     stop = stop or StopFlag()
     task = _Task(work, outputs, queue, stop, progress)
     _forget_what_does_not_fit(work.readers)
+    pool = ThreadPoolExecutor(work.threads)
     try:
-        with ThreadPoolExecutor(work.threads) as pool:
-            try:
-                _wait([pool.submit(task.run) for _ in range(work.threads)])
-            finally:
-                stop.set()
+        try:
+            _wait([pool.submit(task.run) for _ in range(work.threads)])
+        finally:
+            stop.set()
+            _join(pool)
     except KeyboardInterrupt:
         raise Interrupted("interrupted while merging") from None
+
+
+def _join(pool: ThreadPoolExecutor) -> None:
+    """Wait for the workers, however often we are interrupted: they write into files that are closed next."""
+    try:
+        pool.shutdown()
+    except KeyboardInterrupt:
+        _join(pool)
+        raise
 
 
 def _forget_what_does_not_fit(readers: Sequence[CheckpointReader]) -> None:
