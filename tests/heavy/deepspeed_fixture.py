@@ -1,15 +1,16 @@
-"""A tiny Llama trained under DeepSpeed, as a program: `torchrun --nproc-per-node 2 deepspeed_fixture.py ...`.
+"""A tiny Llama trained under DeepSpeed, as a program: `torchrun --nproc-per-node 2 deepspeed_fixture.py JOBS`.
 
-`train` saves checkpoints each few steps; `resume` loads a universal checkpoint, writes down the weights it
-then has, and trains one step.
+JOBS is a JSON file with a list of jobs, done one after the other in the same processes, because starting them
+takes longest. A job trains and saves checkpoints, or (`resume`) loads a universal checkpoint, writes down the
+weights it then has, and trains one step.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,24 @@ import deepspeed
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to do; `report` is where `resume` writes, without suffix."""
+
+    folder: str
+    what: str = "train"
+    stage: int = 2
+    precision: str = "bf16"
+    accumulate: str = ""
+    groups: int = 1
+    steps: int = 3
+    every: int = 1
+    tied: bool = False
+    elastic: bool = False
+    tag: str | None = None
+    report: str = ""
 
 
 class Wrapped(nn.Module):
@@ -44,30 +63,30 @@ class Wrapped(nn.Module):
         return out.loss + (self.odd**2).sum() + 0 * self.frozen.sum()
 
 
-def engine_for(options: argparse.Namespace, *, universal: bool) -> Any:
+def engine_for(job: Job, *, universal: bool) -> Any:
     torch.manual_seed(0)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 2,
-        "zero_optimization": {"stage": options.stage},
+        "zero_optimization": {"stage": job.stage},
         "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
         "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.01, "warmup_num_steps": 4}},
         "gradient_clipping": 1.0,
         "steps_per_print": 1000000,
     }
-    if options.stage == 3:
+    if job.stage == 3:
         config["zero_optimization"] |= {"sub_group_size": 3000, "stage3_param_persistence_threshold": 0}
-    if options.elastic:
+    if job.elastic:
         config["zero_optimization"]["elastic_checkpoint"] = True
-    if options.precision != "fp32":
-        config[options.precision] = {"enabled": True}
-    if options.accumulate:
-        config["data_types"] = {"grad_accum_dtype": options.accumulate}
+    if job.precision != "fp32":
+        config[job.precision] = {"enabled": True}
+    if job.accumulate:
+        config["data_types"] = {"grad_accum_dtype": job.accumulate}
     if universal:
         config["checkpoint"] = {"load_universal": True}
-    model = Wrapped(tied=options.tied)
+    model = Wrapped(tied=job.tied)
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups: list[Any] = [p for _, p in trained]
-    if options.groups == 2:
+    if job.groups == 2:
         groups = [
             {"params": [p for _, p in trained if p.dim() > 1], "weight_decay": 0.1},
             {"params": [p for _, p in trained if p.dim() == 1], "weight_decay": 0.0},
@@ -81,15 +100,15 @@ def step(engine: Any, number: int) -> float:
     loss = engine(tokens)
     engine.backward(loss)
     engine.step()
-    return float(loss)
+    return float(loss.detach())
 
 
-def train(options: argparse.Namespace) -> None:
-    engine = engine_for(options, universal=False)
-    for number in range(1, options.steps + 1):
+def train(job: Job) -> None:
+    engine = engine_for(job, universal=False)
+    for number in range(1, job.steps + 1):
         step(engine, number)
-        if number % options.every == 0:
-            engine.save_checkpoint(options.folder, client_state={"note": "mine", "epoch": number})
+        if number % job.every == 0:
+            engine.save_checkpoint(job.folder, client_state={"note": "mine", "epoch": number})
 
 
 def weights(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
@@ -108,44 +127,32 @@ def weights(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
-def resume(options: argparse.Namespace) -> None:
-    engine = engine_for(options, universal=True)
-    tag = None if options.tag == "" else options.tag
-    path, client_state = engine.load_checkpoint(str(options.folder), tag=tag)
+def resume(job: Job) -> None:
+    engine = engine_for(job, universal=True)
+    path, client_state = engine.load_checkpoint(job.folder, tag=job.tag)
     loaded = weights(engine)
-    report: dict[str, Any] = {
+    found: dict[str, Any] = {
         "path": path,
         "global_steps": engine.global_steps,
         "rate": engine.get_lr()[0],
         "note": client_state.get("note"),
     }
-    report["loss"] = step(engine, 1000)
+    found["loss"] = step(engine, 1000)
     after = weights(engine)
-    moved = [not torch.equal(loaded["fp32"][name], after["fp32"][name]) for name in loaded["fp32"]]
-    report["moved"] = all(moved)
+    found["moved"] = all(
+        not torch.equal(loaded["fp32"][name], after["fp32"][name]) for name in loaded["fp32"]
+    )
     if torch.distributed.get_rank() == 0:
-        torch.save(loaded, options.report.with_suffix(".pt"))
-        options.report.write_text(json.dumps(report))
+        torch.save(loaded, job.report + ".pt")
+        Path(job.report + ".json").write_text(json.dumps(found))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("train", "resume"))
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--stage", type=int, default=2)
-    parser.add_argument("--precision", default="bf16")
-    parser.add_argument("--accumulate", default="")
-    parser.add_argument("--groups", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--every", type=int, default=1)
-    parser.add_argument("--tied", action="store_true")
-    parser.add_argument("--elastic", action="store_true")
-    parser.add_argument("--tag", default="")
-    parser.add_argument("--report", type=Path)
-    options = parser.parse_args()
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    train(options) if options.what == "train" else resume(options)
+    for values in json.loads(Path(sys.argv[1]).read_text()):
+        job = Job(**values)
+        train(job) if job.what == "train" else resume(job)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
