@@ -1,4 +1,4 @@
-"""A tiny Llama trained under DeepSpeed, as a program: `torchrun --nproc-per-node 2 deepspeed_fixture.py JOBS`.
+"""A tiny Llama trained under DeepSpeed, as a program for torchrun: `deepspeed_fixture.py JOBS`.
 
 JOBS is a JSON file with a list of jobs, done one after the other in the same processes, because starting them
 takes longest. A job trains and saves checkpoints, or (`resume`) loads a universal checkpoint, writes down the

@@ -19,15 +19,23 @@ from pma.errors import FormatError, IncompleteError, InputError, printable
 from pma.formats import deepspeed_universal, hf_trainer
 from pma.formats.contracts import CheckpointReader
 from pma.formats.deepspeed_layout import STEP, kind_of, moment_name
-from pma.formats.deepspeed_partitions import CutParameters, JoinedGroups, Vector
+from pma.formats.deepspeed_partitions import (
+    CutParameters,
+    JoinedGroups,
+    Vector,
+    frozen_fragments,
+    whole_fragment,
+)
 from pma.formats.deepspeed_states import (
     MASTERS,
+    RANK_MODEL_FILE,
     ModelStates,
     OptimizerStates,
-    Shape,
     TrainingState,
+    by_rank,
     read_model_states,
     read_optimizer_states,
+    tensor_parallel,
 )
 from pma.formats.folder import LocalFolder
 from pma.formats.reader import FileReader
@@ -41,7 +49,6 @@ _OPTIMIZER_FILE = re.compile(
     r"(?:bf16_|fp16_)?zero_pp_rank_(\d{1,9})_mp_rank_(\d{1,9})_optim_states\.pt", re.ASCII
 )
 _WHOLE_MODEL_FILE = re.compile(r"mp_rank_(\d{1,9})_model_states\.pt", re.ASCII)
-_RANK_MODEL_FILE = re.compile(r"zero_pp_rank_(\d{1,9})_mp_rank_(\d{1,9})_model_states\.pt", re.ASCII)
 # of pipelines, of experts
 _OTHER_FILE = re.compile(r"(?:layer_|expert_|expp_rank_).*_states\.pt", re.ASCII)
 _LATEST = "latest"
@@ -129,7 +136,7 @@ class ZeroReader(FileReader):
             t for file in (self._model, *others) for t in (*file.buffers.values(), *file.frozen.values())
         ]
         self._stored_at = [f"{t.file} {t.offset_bytes} {t.element_count}" for t in stored]
-        self._frozen = _frozen([self._model, *others], str(inside))
+        self._frozen = frozen_fragments([self._model, *others], str(inside))
 
     def _vectors_of(self, ranks: Sequence[OptimizerStates]) -> dict[str, list[Vector]]:
         """By what they are: weights, and each moment that every rank has."""
@@ -177,9 +184,9 @@ class ZeroReader(FileReader):
         if name in self._frozen:
             return self._frozen[name]
         if spec.role is Role.BUFFER:
-            return (_whole(name, self._model.buffers[name]),)
+            return (whole_fragment(name, self._model.buffers[name]),)
         if spec.role is Role.OTHER:
-            return (_whole(name, self._steps[spec.parameter or ""]),)
+            return (whole_fragment(name, self._steps[spec.parameter or ""]),)
         parameter = spec.parameter or name
         vectors = self._vectors[kind_of(spec)]
         places = self._partitions.places(parameter)
@@ -213,7 +220,7 @@ def _tag_folder(path: Path) -> Path | None:
 
 
 def _holds_files(folder: Path) -> bool:
-    patterns = (_OPTIMIZER_FILE, _WHOLE_MODEL_FILE, _RANK_MODEL_FILE)
+    patterns = (_OPTIMIZER_FILE, _WHOLE_MODEL_FILE, RANK_MODEL_FILE)
     return any(pattern.fullmatch(entry.name) for entry in folder.glob("*_states.pt") for pattern in patterns)
 
 
@@ -225,48 +232,19 @@ def _names(folder: LocalFolder) -> _Names:
     other = next((name for name in names if _OTHER_FILE.fullmatch(name)), None)
     if other is not None:
         raise FormatError(
-            f"{where}: {printable(other)} belongs to a checkpoint of pipeline stages or of DeepSpeed's experts, "
-            "which are not read; convert it with deepspeed's ds_to_universal and merge the results"
+            f"{where}: {printable(other)} belongs to a checkpoint of pipeline stages or of DeepSpeed's "
+            "experts, which are not read; convert it with deepspeed's ds_to_universal and merge the results"
         )
-    optimizer = _by_rank(names, _OPTIMIZER_FILE, where)
-    model = _by_rank(names, _RANK_MODEL_FILE, where)
+    optimizer = by_rank(names, _OPTIMIZER_FILE, where)
+    model = by_rank(names, RANK_MODEL_FILE, where)
     if not model:
         model = tuple(name for name in names if _WHOLE_MODEL_FILE.fullmatch(name))
         if len(model) > 1 or (model and model[0] != "mp_rank_00_model_states.pt"):
-            raise _tensor_parallel(where, model[-1])
+            raise tensor_parallel(where, model[-1])
     if not model or not optimizer:
         missing = "model" if not model else "optimizer"
         raise IncompleteError(f"{where} has no file of {missing} states (yet)")
     return _Names(optimizer=optimizer, model=model)
-
-
-def _by_rank(names: Sequence[str], pattern: re.Pattern[str], where: str) -> tuple[str, ...]:
-    found: dict[int, str] = {}
-    for name in names:
-        match = pattern.fullmatch(name)
-        if match is None:
-            continue
-        rank = int(match[1])
-        if int(match[2]):
-            raise _tensor_parallel(where, name)
-        if rank in found:
-            raise FormatError(
-                f"{where}: {found[rank]} and {name} are of the same rank; remove those of an earlier attempt"
-            )
-        found[rank] = name
-    for rank in range(len(found)):
-        if rank not in found:
-            raise IncompleteError(
-                f"{where}: the file of rank {rank} is missing beside {next(iter(found.values()))}"
-            )
-    return tuple(found[rank] for rank in sorted(found))
-
-
-def _tensor_parallel(where: str, name: str) -> FormatError:
-    return FormatError(
-        f"{where}: {printable(name)} belongs to a checkpoint of tensor-parallel ranks, which do not record how "
-        "they cut a parameter; convert it with deepspeed's ds_to_universal and merge the results"
-    )
 
 
 def _check_ranks(folder: Path, model: ModelStates, ranks: Sequence[OptimizerStates]) -> None:
@@ -274,9 +252,8 @@ def _check_ranks(folder: Path, model: ModelStates, ranks: Sequence[OptimizerStat
     first = ranks[0]
     expected = {first.rank_count, model.rank_count if model.rank_count is not None else first.rank_count}
     if expected != {len(ranks)}:
-        raise IncompleteError(
-            f"{folder} has files of {len(ranks)} ranks; its records say {' or '.join(map(str, sorted(expected)))}"
-        )
+        said = " or ".join(map(str, sorted(expected)))
+        raise IncompleteError(f"{folder} has files of {len(ranks)} ranks; its records say {said}")
     for rank in ranks[1:]:
         same = rank.stage == first.stage and len(rank.vectors[MASTERS]) == len(first.vectors[MASTERS])
         kinds = {tensor.dtype for tensor in (*rank.vectors[MASTERS], *first.vectors[MASTERS])}
@@ -298,37 +275,6 @@ def _partitions(
     if ranks[0].stage == 3:
         return CutParameters(model.groups, counts, where)
     return JoinedGroups(model.groups, counts, ranks[0].alignments, where)
-
-
-def _frozen(files: Sequence[ModelStates], where: str) -> dict[str, tuple[Fragment, ...]]:
-    """Where parameters lie that are not trained: whole, or in stage 3 cut among the ranks."""
-    first, found = files[0], {}
-    for name, shape in first.frozen_shapes.items():
-        parts = [file.frozen.get(name) for file in files]
-        tensors = [part for part in parts if part is not None and part.dtype == first.frozen[name].dtype]
-        if len(tensors) < len(files) or not all(tensor.contiguous for tensor in tensors):
-            raise FormatError(f"{where}: not every rank has its part of {printable(name)}")
-        found[name] = _cut(name, shape, tensors, where)
-    return found
-
-
-def _cut(name: str, shape: Shape, tensors: Sequence[StoredTensor], where: str) -> tuple[Fragment, ...]:
-    counts = [[tensor.element_count] for tensor in tensors]
-    if len(tensors) == 1 and tensors[0].shape == shape:
-        return (_whole(name, tensors[0]),)
-    cut = CutParameters([{name: shape}], counts, where)
-    vectors = cut.vectors([[tensor] for tensor in tensors])
-    return tuple(part for place in cut.places(name) for part in vectors[place.row].fragments(name, place))
-
-
-def _whole(name: str, tensor: StoredTensor) -> Fragment:
-    return Fragment(
-        tensor=name,
-        file=tensor.file,
-        offset_bytes=tensor.offset_bytes,
-        length_bytes=tensor.element_count * tensor.dtype.bits // 8,
-        flat_start=0,
-    )
 
 
 def _meta(folder_path: Path) -> CheckpointMeta:

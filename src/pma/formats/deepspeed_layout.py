@@ -81,7 +81,7 @@ def _nothing_known(tensors: Mapping[str, TensorSpec]) -> TrainingState:
     shapes = OrderedMapping()
     shapes.update({name: Size(spec.shape) for name, spec in trained.items()})
     counts = ("skipped_steps", "global_steps", "global_samples")
-    model = {
+    model: dict[str, Any] = {
         "param_shapes": [shapes],
         "shared_params": {},
         "frozen_param_shapes": None,
@@ -157,8 +157,8 @@ class _Planner:
             yield _planned(self._file(name, STEP), step.value, step.data)
 
     def optimizer_file(self) -> OutputFile:
-        """What all parameters share: settings of the groups, which stages 1 and 2 look for in one place, stage
-        3 in another.
+        """What all parameters share: settings of the groups, where stages 1 and 2 look for them and where
+        stage 3 does.
         """
         known = self._entries(self._state.optimizer)
         groups = self._entries({"groups": list(self._state.groups)}).value.get("groups", [])
@@ -258,6 +258,6 @@ def _check_name(name: str) -> None:
     plain = "/" not in name and is_inside(name) and len(name.encode()) <= _LONGEST_NAME_BYTES
     if not plain or f"{PARAMETERS}/{name}" == OPTIMIZER_FILE:
         raise FormatError(
-            f"{printable(name)!r} cannot be the name of a folder, as a universal checkpoint needs; leave it out "
-            "with --exclude"
+            f"{printable(name)!r} cannot be the name of a folder, as a universal checkpoint needs; leave it "
+            "out with --exclude"
         )

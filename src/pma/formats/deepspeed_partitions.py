@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from pma.errors import FormatError, printable
-from pma.formats.deepspeed_states import Shape
+from pma.formats.deepspeed_states import ModelStates, Shape
 from pma.formats.torch_archive import StoredTensor
 from pma.types import Fragment
 
@@ -144,3 +144,35 @@ class CutParameters:
             if rank * part >= count:
                 return
             yield Place(rank, start, min(part, count - rank * part), rank * part)
+
+
+def frozen_fragments(files: Sequence[ModelStates], where: str) -> dict[str, tuple[Fragment, ...]]:
+    """Where parameters lie that are not trained: whole, or in stage 3 cut among the ranks."""
+    first, found = files[0], {}
+    for name, shape in first.frozen_shapes.items():
+        parts = [file.frozen.get(name) for file in files]
+        tensors = [part for part in parts if part is not None and part.dtype == first.frozen[name].dtype]
+        if len(tensors) < len(files) or not all(tensor.contiguous for tensor in tensors):
+            raise FormatError(f"{where}: not every rank has its part of {printable(name)}")
+        found[name] = _cut(name, shape, tensors, where)
+    return found
+
+
+def _cut(name: str, shape: Shape, tensors: Sequence[StoredTensor], where: str) -> tuple[Fragment, ...]:
+    counts = [[tensor.element_count] for tensor in tensors]
+    if len(tensors) == 1 and tensors[0].shape == shape:
+        return (whole_fragment(name, tensors[0]),)
+    cut = CutParameters([{name: shape}], counts, where)
+    vectors = cut.vectors([[tensor] for tensor in tensors])
+    return tuple(part for place in cut.places(name) for part in vectors[place.row].fragments(name, place))
+
+
+def whole_fragment(name: str, tensor: StoredTensor) -> Fragment:
+    """A tensor that is stored whole."""
+    return Fragment(
+        tensor=name,
+        file=tensor.file,
+        offset_bytes=tensor.offset_bytes,
+        length_bytes=tensor.element_count * tensor.dtype.bits // 8,
+        flat_start=0,
+    )

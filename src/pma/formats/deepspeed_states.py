@@ -7,11 +7,12 @@ Source: deepspeed 0.19.8 (`runtime/engine.py`, `runtime/zero/stage_1_and_2.py`, 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pma.errors import FormatError, printable
+from pma.errors import FormatError, IncompleteError, printable
 from pma.formats.folder import LocalFolder
 from pma.formats.torch_archive import StoredTensor, read_archive
 from pma.formats.unpickling import Record
@@ -26,6 +27,7 @@ RECORDS = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
+RANK_MODEL_FILE = re.compile(r"zero_pp_rank_(\d{1,9})_mp_rank_(\d{1,9})_model_states\.pt", re.ASCII)
 MASTERS = "fp32"
 _STEP = "step"
 _FLAT_BY_STAGE = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups"}
@@ -128,6 +130,39 @@ def count_of(value: Any) -> int | None:
     return value if type(value) is int and 0 <= value < _LARGEST_COUNT else None
 
 
+def by_rank(names: Sequence[str], pattern: re.Pattern[str], where: str) -> tuple[str, ...]:
+    """Names that match, by the rank in them. Raises FormatError for tensor-parallel ranks, IncompleteError
+    where a rank is missing.
+    """
+    found: dict[int, str] = {}
+    for name in names:
+        match = pattern.fullmatch(name)
+        if match is None:
+            continue
+        rank = int(match[1])
+        if int(match[2]):
+            raise tensor_parallel(where, name)
+        if rank in found:
+            raise FormatError(
+                f"{where}: {found[rank]} and {name} are of the same rank; remove those of an earlier attempt"
+            )
+        found[rank] = name
+    for rank in range(len(found)):
+        if rank not in found:
+            raise IncompleteError(
+                f"{where}: the file of rank {rank} is missing beside {next(iter(found.values()))}"
+            )
+    return tuple(found[rank] for rank in sorted(found))
+
+
+def tensor_parallel(where: str, name: str) -> FormatError:
+    """The refusal of a file that holds parts of parameters."""
+    return FormatError(
+        f"{where}: {printable(name)} belongs to a checkpoint of tensor-parallel ranks, which do not record "
+        "how they cut a parameter; convert it with deepspeed's ds_to_universal and merge the results"
+    )
+
+
 def read_model_states(folder: LocalFolder, file: str) -> ModelStates:
     """Read a file of model states; no tensor's bytes are read. Raises FormatError, IncompleteError."""
     where = str(folder.path / file)
@@ -187,7 +222,7 @@ def _is_tensor(value: Any) -> bool:
 def _mapping(value: Any, where: str, what: str) -> Mapping[Any, Any]:
     if not isinstance(value, dict):
         raise FormatError(
-            f"{where}: {what} is a {printable(type(value).__name__)}, expected a mapping as DeepSpeed saves it"
+            f"{where}: {what} is a {printable(type(value).__name__)}, expected a mapping as DeepSpeed saves"
         )
     return value
 

@@ -1,5 +1,5 @@
-"""DeepSpeed's universal checkpoints: every parameter whole, in files of its own, for any count of ranks and any
-stage to resume from.
+"""DeepSpeed's universal checkpoints: every parameter whole, in files of its own, for any count of ranks
+and any stage to resume from.
 
 `zero/PARAMETER/{fp32,exp_avg,exp_avg_sq,step}.pt`, `zero/optimizer_state.pt`, and the model's file. A run has
 `latest_universal`, which names the newest. Source: deepspeed 0.19.8, `checkpoint/ds_to_universal.py`,
@@ -8,6 +8,7 @@ stage to resume from.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -25,16 +26,17 @@ from pma.formats.deepspeed_layout import (
     PARAMETERS,
     STEP,
     UNIVERSAL_LATEST,
-    kind_of,
     moment_name,
     universal_layout,
 )
+from pma.formats.deepspeed_partitions import frozen_fragments, whole_fragment
 from pma.formats.deepspeed_states import (
     MASTERS,
+    RANK_MODEL_FILE,
     RECORDS,
     Shape,
     TrainingState,
-    count_of,
+    by_rank,
     read_model_states,
 )
 from pma.formats.files import is_inside
@@ -87,7 +89,9 @@ def read_meta(path: Path) -> CheckpointMeta:
         return CheckpointMeta(incomplete=str(error))
     groups = _groups(values)
     rate = groups[0].get("lr") if groups and isinstance(groups[0], dict) else None
-    return replace(model.meta, learning_rate=rate if isinstance(rate, float) and rate == rate else None)
+    return replace(
+        model.meta, learning_rate=rate if isinstance(rate, float) and math.isfinite(rate) else None
+    )
 
 
 def plan_layout(tensors: Mapping[str, TensorSpec], like: CheckpointReader | None) -> Layout:
@@ -108,15 +112,16 @@ class UniversalReader(FileReader):
         self._model = read_model_states(folder, _model_file(path))
         self._optimizer, digest = _optimizer_values(folder)
         digests = {self._model.file: self._model.digest, OPTIMIZER_FILE: digest}
-        self._stored: dict[str, StoredTensor] = {}
+        self._parts: dict[str, tuple[Fragment, ...]] = {}
         self._specs: dict[str, TensorSpec] = {}
-        self._steps: dict[str, Any] = {}
+        # stage 3's converter writes one count for all
+        self._steps: dict[str, Any] = dict.fromkeys(self._model.shapes, _common_step(self._optimizer))
         self._beside: dict[str, Mapping[str, Any]] = {}
         self._digests = digests
         for name, shape in self._model.shapes.items():
             for kind in _kinds(path, name):
                 self._take(folder, name, shape, kind)
-        self._take_whole(str(path))
+        self._take_whole(folder)
         super().__init__(path, folder, digests)
         self.shared = self._model.shared
 
@@ -136,9 +141,9 @@ class UniversalReader(FileReader):
             raise FormatError(f"{where} holds no tensor; expected one, alone or as {_PARAM!r}")
         if not tensor.contiguous and kind != MASTERS:
             return  # one zero for all: moments that have not begun
-        if not tensor.contiguous or tensor.shape not in (shape, (_count(shape),)):
+        if not tensor.contiguous or tensor.shape not in (shape, (math.prod(shape),)):
             raise FormatError(
-                f"{where}: {printable(name)} has shape {tensor.shape}, expected {shape} as in {self._model.file}"
+                f"{where}: it has shape {tensor.shape}, expected {shape} as in {self._model.file}"
             )
         if kind == MASTERS:
             self._add(name, tensor, shape, Role.PARAMETER, None)
@@ -148,22 +153,24 @@ class UniversalReader(FileReader):
         else:
             self._add(moment_name(kind, name), tensor, shape, Role.MOMENT, name)
 
-    def _take_whole(self, where: str) -> None:
-        """What the model's file holds whole."""
+    def _take_whole(self, folder: LocalFolder) -> None:
+        """What the model's file holds: buffers, and parameters that are not trained, which stage 3 cuts among
+        the files of all ranks.
+        """
         for name, tensor in self._model.buffers.items():
             self._add(name, tensor, tensor.shape, Role.BUFFER, None)
-        for name, tensor in self._model.frozen.items():
-            if tensor.shape != self._model.frozen_shapes[name]:
-                # stage 3 cut it among the ranks' files; the converter copies those as they are
-                raise FormatError(
-                    f"{where}: {printable(name)} is not trained and stored in parts; leave it out"
-                )
-            self._add(name, tensor, tensor.shape, Role.PARAMETER, None)
+        names = by_rank(folder.names(), RANK_MODEL_FILE, str(folder.path)) if self._model.frozen else ()
+        whole = self._model.file not in names
+        others = [] if whole else [read_model_states(folder, name) for name in names[1:]]
+        self._digests |= {other.file: other.digest for other in others}
+        self._parts |= frozen_fragments([self._model, *others], str(folder.path))
+        for name, shape in self._model.frozen_shapes.items():
+            self._add(name, self._model.frozen[name], shape, Role.PARAMETER, None)
 
     def _add(self, name: str, tensor: StoredTensor, shape: Shape, role: Role, parameter: str | None) -> None:
         if name in self._specs:
             raise FormatError(f"{self._model.file}: {printable(name)} occurs twice")
-        self._stored[name] = tensor
+        self._parts.setdefault(name, (whole_fragment(name, tensor),))
         self._specs[name] = TensorSpec(
             name=name, dtype=tensor.dtype, shape=shape, role=role, parameter=parameter
         )
@@ -173,23 +180,12 @@ class UniversalReader(FileReader):
         return self._specs
 
     def fragments(self, name: str) -> tuple[Fragment, ...]:
-        stored = self._stored[name]
-        fragment = Fragment(
-            tensor=name,
-            file=stored.file,
-            offset_bytes=stored.offset_bytes,
-            length_bytes=self._specs[name].length_bytes,
-            flat_start=0,
-        )
-        return (fragment,)
+        return self._parts[name]
 
     @cached_property
     def layout_digest(self) -> str:
         # not of the pickles: they also hold the step
-        rows = [
-            f"{t.file} {t.offset_bytes} {t.dtype.name} {self._specs[name].shape} {name!r}"
-            for name, t in self._stored.items()
-        ]
+        rows = [f"{spec.dtype.name} {spec.shape} {self._parts[name]}" for name, spec in self._specs.items()]
         return blake3("\n".join(rows).encode("utf-8", "surrogatepass")).hexdigest()
 
     def training_state(self) -> TrainingState:
@@ -205,13 +201,6 @@ class UniversalReader(FileReader):
 
 
 _GROUP_KEYS = ("param_groups", "optimizer_state_dict", "fp32_flat_groups")
-
-
-def _count(shape: Shape) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _model_file(path: Path) -> str:
@@ -243,6 +232,13 @@ def _optimizer_values(folder: LocalFolder) -> tuple[Mapping[str, Any], str]:
     if not isinstance(archive.value, dict):
         raise FormatError(f"{folder.path / OPTIMIZER_FILE} holds no mapping")
     return archive.value, archive.digest
+
+
+def _common_step(values: Mapping[str, Any]) -> Any:
+    inner = values.get("optimizer_state_dict")
+    states = inner.get("state") if isinstance(inner, dict) else None
+    first = states.get(0) if isinstance(states, dict) else None
+    return first.get(STEP) if isinstance(first, dict) else None
 
 
 def _groups(values: Mapping[str, Any]) -> list[Any]:
