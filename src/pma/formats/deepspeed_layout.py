@@ -97,7 +97,7 @@ def _nothing_known(tensors: Mapping[str, TensorSpec]) -> TrainingState:
     return TrainingState(
         trained=trained.keys(),
         model=model,
-        optimizer={"ds_version": _TESTED_VERSION},
+        optimizer={},
         groups=[{}],
         steps=dict.fromkeys(trained, zero),
     )
@@ -166,7 +166,9 @@ class _Planner:
             groups = [{**group, STEP: 0} if STEP in group else group for group in groups]
         step = self._step(next(self.trained))
         inner = {"state": {0: {STEP: step.value}}, "param_groups": groups or [{}]}
-        value = {**known.value, "param_groups": groups, "optimizer_state_dict": inner}
+        # stage 3 does not write the version here, stages 1 and 2 do not read a file without
+        version = {"ds_version": self._state.model.get("ds_version") or _TESTED_VERSION}
+        value = {**version, **known.value, "param_groups": groups, "optimizer_state_dict": inner}
         return _planned(OPTIMIZER_FILE, value, {**known.data, **step.data})
 
     def model_files(self) -> Iterator[OutputFile]:
