@@ -30,14 +30,15 @@ _KIND = 15
 _KEYS = sum(1 << kind for kind in (_NONE, _INT, _SCALAR, _STRING, _BYTES, _GLOBAL, _RECORD))
 
 _DEEPEST_TUPLE = 32
-_MOST_STACKED = 2**20
+_MOST_STACKED = 2**19
 _MOST_MARKS = 1000
 _MOST_GLOBALS = 4096
 _LARGEST_INT_BYTES = 255
 _LONGEST_NAME = 1000
 _NEWEST_PROTOCOL = 5
 _NEW_LINE = 10
-_COMPILE_FROM_BYTES = 6 * 2**20
+# a small budget ends the scan early, before compiling would have paid
+_COMPILE_FROM_BYTES, _COMPILE_FROM_BUDGET_BYTES = 6 * 2**20, 128 * 2**20
 
 # what an opcode does, in the tables below
 _REFUSE, _PUSH, _COUNTED, _STORE, _FETCH, _BEGIN, _TAKE, _CLOSE, _NAME, _FRAMED, _STOP = range(11)
@@ -66,9 +67,9 @@ _COUNTS = {  # opcode: (kind pushed, bytes of the length, bytes of memory beside
     pickle.LONG4: (_LARGE_INT, 4, 40),
 }
 _SPECIALS = {  # opcode: (action, values taken, bytes of argument, bytes of memory)
-    pickle.MEMOIZE: (_STORE, 1, 0, 16),
-    pickle.BINPUT: (_STORE, 1, 1, 16),
-    pickle.LONG_BINPUT: (_STORE, 1, 4, 16),
+    pickle.MEMOIZE: (_STORE, 1, 0, 24),
+    pickle.BINPUT: (_STORE, 1, 1, 24),
+    pickle.LONG_BINPUT: (_STORE, 1, 4, 24),
     pickle.BINGET: (_FETCH, 0, 1, 8),
     pickle.LONG_BINGET: (_FETCH, 0, 4, 8),
     pickle.MARK: (_BEGIN, 0, 0, 8),
@@ -175,7 +176,7 @@ def scan(data: bytes, where: str, budget_bytes: int) -> Scan:
     view: Any
     # pages of the memo that are not used are never made
     memo: Any = np.zeros(len(data) + 1, np.int64)
-    if len(data) >= _COMPILE_FROM_BYTES:
+    if len(data) >= _COMPILE_FROM_BYTES and budget_bytes >= _COMPILE_FROM_BUDGET_BYTES:
         stack, marks, found = (
             np.zeros(n, np.int64) for n in (_MOST_STACKED + 4, _MOST_MARKS, 2 * _MOST_GLOBALS)
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 from typing import cast
@@ -81,7 +82,8 @@ def read_meta(path: Path) -> CheckpointMeta:
     if file in (_BIN_FILE, _INDEX_FILE):
         return hf_trainer.read_meta(folder) if path.is_dir() else CheckpointMeta()
     try:
-        return meta_of(_open(LocalFolder(folder), file)[0])
+        with closing(LocalFolder(folder)) as opened:
+            return meta_of(_open(opened, file)[0])
     except InputError as error:
         return CheckpointMeta(incomplete=str(error))
 
@@ -99,8 +101,9 @@ class TorchReader(FileReader):
         self._main = main
         self.contents: dict[str, Contents] = {}
         digests: dict[str, str] = {}
-        for file in _shard_names(folder) if main == _INDEX_FILE else [main]:
-            self.contents[file], digests[file] = _open(folder, file)
+        with closing(folder):
+            for file in _shard_names(folder) if main == _INDEX_FILE else [main]:
+                self.contents[file], digests[file] = _open(folder, file)
         super().__init__(path, folder, digests)
         self._stored: dict[str, StoredTensor] = {}
         self._specs: dict[str, TensorSpec] = {}
@@ -147,10 +150,6 @@ class TorchReader(FileReader):
             flat_start=0,
         )
         return (fragment,)
-
-    @cached_property
-    def meta(self) -> CheckpointMeta:
-        return read_meta(self.path)
 
     @cached_property
     def layout_digest(self) -> str:

@@ -305,11 +305,10 @@ def _plain() -> dict[str, Any]:
     for module in ("pathlib", "pathlib._local"):
         for name in ("Path", "PurePath", "PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"):
             found[f"{module}.{name}"] = _path
+    array = type("Record", (Record,), {"__slots__": (), "name": "numpy.ndarray"})
     for core in ("numpy.core", "numpy._core"):
         found[f"{core}.multiarray.scalar"] = _numpy_scalar
-        found[f"{core}.multiarray._reconstruct"] = type(
-            "Record", (Record,), {"__slots__": (), "name": "numpy.ndarray"}
-        )
+        found[f"{core}.multiarray._reconstruct"] = found[f"{core}.numeric._frombuffer"] = array
     found["numpy.ndarray"] = None
     return {name: value if isinstance(value, type) else Named(name, value) for name, value in found.items()}
 
