@@ -233,7 +233,7 @@ def _names(folder: LocalFolder) -> _Names:
     if other is not None:
         raise FormatError(
             f"{where}: {printable(other)} belongs to a checkpoint of pipeline stages or of DeepSpeed's "
-            "experts, which are not read; convert it with deepspeed's ds_to_universal and merge the results"
+            "experts, which are not read; save the weights in Hugging Face's format and merge those"
         )
     optimizer = by_rank(names, _OPTIMIZER_FILE, where)
     model = by_rank(names, RANK_MODEL_FILE, where)

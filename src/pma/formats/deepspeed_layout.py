@@ -189,7 +189,7 @@ class _Planner:
             "mp_world_size": 1,
         }
         yield _planned(MODEL_FILES[0], value, known.data)
-        yield _planned(MODEL_FILES[1], {**value, "module": OrderedMapping(), "buffer_names": []}, known.data)
+        yield _planned(MODEL_FILES[1], {**value, "module": OrderedMapping()}, known.data)
 
     def _file(self, name: str, kind: str) -> str:
         return f"{PARAMETERS}/{name}/{kind}.pt"

@@ -159,7 +159,7 @@ def tensor_parallel(where: str, name: str) -> FormatError:
     """The refusal of a file that holds parts of parameters."""
     return FormatError(
         f"{where}: {printable(name)} belongs to a checkpoint of tensor-parallel ranks, which do not record "
-        "how they cut a parameter; convert it with deepspeed's ds_to_universal and merge the results"
+        "how they cut a parameter; save the weights in Hugging Face's format and merge those"
     )
 
 

@@ -38,6 +38,7 @@ from pma.formats.deepspeed_states import (
     TrainingState,
     by_rank,
     read_model_states,
+    tensor_parallel,
 )
 from pma.formats.files import is_inside
 from pma.formats.folder import LocalFolder
@@ -157,6 +158,12 @@ class UniversalReader(FileReader):
         """What the model's file holds: buffers, and parameters that are not trained, which stage 3 cuts among
         the files of all ranks.
         """
+        for name in self._model.values["buffer_names"]:
+            if name not in self._model.buffers:
+                raise IncompleteError(
+                    f"{folder.path / self._model.file} names buffer {printable(str(name))} and does not hold "
+                    f"it; {MODEL_FILES[0]} may be missing"
+                )
         for name, tensor in self._model.buffers.items():
             self._add(name, tensor, tensor.shape, Role.BUFFER, None)
         names = by_rank(folder.names(), RANK_MODEL_FILE, str(folder.path)) if self._model.frozen else ()
@@ -204,6 +211,11 @@ _GROUP_KEYS = ("param_groups", "optimizer_state_dict", "fp32_flat_groups")
 
 
 def _model_file(path: Path) -> str:
+    other = next(
+        (name for name in sorted(path.glob("mp_rank_*_model_states.pt")) if name.name != MODEL_FILES[0]), None
+    )
+    if other is not None:
+        raise tensor_parallel(str(path), other.name)
     name = next((name for name in MODEL_FILES if (path / name).is_file()), None)
     if name is None:
         raise IncompleteError(f"{path} has no file of model states (yet), such as {MODEL_FILES[0]}")
