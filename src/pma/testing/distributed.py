@@ -25,12 +25,12 @@ def load_dcp(folder: Path, reader: Callable[[Path], Any] | None = None) -> dict[
 
     `reader`: makes a storage reader other than torch's own.
     """
-    from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
     found: dict[str, Any] = {}
-    planner = _EmptyStateDictLoadPlanner()  # type: ignore[no-untyped-call]
+    planner = _EmptyStateDictLoadPlanner()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _load_state_dict(
