@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import random
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
@@ -31,12 +32,23 @@ pytest.importorskip("lm_eval")
 
 
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object) -> None:
-        raise AssertionError(f"reached for the network: {arguments}")
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails a test that tries, though the libraries swallow the error, and as if they had not been told."""
+    from datasets import config
 
+    tries: list[object] = []
+
+    def refuse(*arguments: object, **named: object) -> None:
+        tries.append(arguments)
+        raise OSError("no network")
+
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.load.get_session", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    yield
+    assert not tries
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +273,8 @@ _ACC = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    # these are allowed to reach for it
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     folder = tmp_path / "own"
     big = task_files.write_jsonl(folder / "big.jsonl", task_files.CHOICES)
     small = task_files.write_jsonl(folder / "small.jsonl", task_files.CHOICES[3:7])

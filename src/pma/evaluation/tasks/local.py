@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,22 @@ def _load(task: LocalTask, folder: Path) -> Any:
     folder.mkdir()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(items, schema), folder / "items.parquet")
     (folder / "task.yaml").write_text(json.dumps(_yaml(task, folder)), encoding="utf-8")
-    return TaskManager(include_path=str(folder), include_defaults=False).load([task.name])
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    with _unreported():
+        return manager.load([task.name])
+
+
+@contextmanager
+def _unreported() -> Iterator[None]:
+    """The reader of tables tells a server of every file it reads, also of local ones; not of these."""
+    from datasets import config
+
+    usual = config.HF_UPDATE_DOWNLOAD_COUNTS
+    config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        yield
+    finally:
+        config.HF_UPDATE_DOWNLOAD_COUNTS = usual
 
 
 def _yaml(task: LocalTask, folder: Path) -> dict[str, Any]:
