@@ -26,6 +26,7 @@ __all__ = [
 
 # in the order in which they are asked: folders of most have lone .pt files beside
 _BUILT_IN = (
+    "pma.formats.dcp_safetensors",
     "pma.formats.safetensors",
     "pma.formats.megatron",
     "pma.formats.dcp",
