@@ -481,6 +481,10 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
         },
         "shorter than the weights",
     ),
+    "groups of numbers": (
+        {"optimizer": {"base_optimizer_state": {"state": {}, "param_groups": [1]}}},
+        "own state is missing",
+    ),
     "a share of nothing": (
         {"model": {"shared_params": {"head": "nowhere"}}},
         "shares memory with an unknown",
@@ -573,12 +577,12 @@ def test_many_parameters(tmp_path: Path) -> None:
 
     from .zero_files import fragment_address
 
-    names = [f"model.layers.{i // 400}.mlp.experts.{i % 400}.down_proj.weight" for i in range(30_000)]
+    names = [f"model.layers.{i // 400}.mlp.experts.{i % 400}.down_proj.weight" for i in range(12_000)]
     addresses = [OrderedDict((name, fragment_address(numel=1, start=i)) for i, name in enumerate(names))]
     group = dict.fromkeys(names, torch.ones(1))
     source = zero(groups=[group], moments={}, optimizer={"param_slice_mappings": addresses})
     with closing(formats.open_checkpoint(source.write(tmp_path / "global_step10"))) as reader:
-        assert len(reader.tensors) == 30_003
+        assert len(reader.tensors) == 12_003
 
 
 def test_refusals_are_soon_and_small(tmp_path: Path) -> None:

@@ -314,7 +314,8 @@ def _inner_states(value: Any, group_count: int, where: str) -> tuple[list[Mappin
         groups = value.get("param_groups")
         value = value.get("state")
     by_number = dict(enumerate(value)) if isinstance(value, list) else value
-    if not isinstance(by_number, dict) or not isinstance(groups, list):
+    plain = isinstance(groups, list) and all(isinstance(group, dict) for group in groups)
+    if not isinstance(by_number, dict) or not plain:
         raise FormatError(f"{where}: the optimizer's own state is missing")
     rows = [by_number.get(number, {}) for number in range(group_count)]
     return [_mapping(row, where, "a group's state") for row in rows], groups
