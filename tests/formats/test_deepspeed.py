@@ -491,6 +491,27 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "shares that are numbers": ({"model": {"shared_params": {1: 2}}}, "something else than names"),
     "buffers that are trained": ({"buffers": {"embed": torch.zeros(1)}}, "also something else"),
+    "buffers that are frozen": ({"buffers": {"table": torch.zeros(7)}}, "also something else"),
+    "buffers that are no names": ({"model": {"buffer_names": [{}]}}, "no list of names"),
+    "a buffer that lies crosswise": ({"buffers": {"mean": torch.zeros(2, 3).T}}, "one after the other"),
+    "a parameter named like a moment": (
+        {"buffers": {"optimizer.exp_avg.embed": torch.zeros(1)}},
+        "occurs twice",
+    ),
+    "moments of two types": (
+        {
+            "optimizer": {
+                "base_optimizer_state": {
+                    "state": {
+                        0: {"exp_avg": torch.zeros(99)},
+                        1: {"exp_avg": torch.zeros(99, dtype=torch.bfloat16)},
+                    },
+                    "param_groups": [],
+                }
+            }
+        },
+        "exp_avg is of several types",
+    ),
     "paddings that do not fit": ({"optimizer": {"param_alignment_paddings": [[0], [0]]}}, "do not fit"),
     "paddings that are text": ({"optimizer": {"param_alignment_paddings": ["a"]}}, "than counts"),
     "a frozen shape alone": (
@@ -507,7 +528,7 @@ def test_hostile_files_are_refused(tmp_path: Path, trick: str, monkeypatch: pyte
     how, why = HOSTILE[trick]
     path = zero(**how).write(tmp_path / "global_step10")
     with pytest.raises(InputError, match=why):
-        formats.open_checkpoint(path)
+        assert formats.open_checkpoint(path).tensors
     assert not (tmp_path / "canary").exists()
 
 
