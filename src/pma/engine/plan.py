@@ -6,7 +6,6 @@ Every error that can be foreseen surfaces here, before the first byte is written
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,12 +18,10 @@ from pma import averaging, formats
 from pma.engine.blocks import Blocks, Policy
 from pma.engine.memory_budget import DEFAULT_MEMORY_BYTES, peak_memory_bytes, tile_bytes_within
 from pma.errors import InputError, MismatchError, UsageError, printable
+from pma.formats import side_files
 from pma.formats.contracts import CheckpointReader
-from pma.formats.strict_json import parse_object
 from pma.trajectory import TrajectoryPoint
 from pma.types import DType, FileIdentity, Layout, TensorSpec
-
-_TORCH_NAMES = {DType.F16: "float16", DType.BF16: "bfloat16", DType.F32: "float32", DType.F64: "float64"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,12 +300,10 @@ def _beside(newest: CheckpointReader, dtype: DType | None) -> dict[str, bytes]:
     `dtype`: the output's type where it is not the sources' own. It is then put into config.json, because
     transformers loads weights in the type that the configuration names.
     """
-    files = dict(newest.side_files())
-    if "config.json" in files and dtype is not None:
-        config = parse_object(files["config.json"], str(newest.path / "config.json"))
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = _TORCH_NAMES[dtype]
-        files["config.json"] = json.dumps(config, indent=2).encode("utf-8") + b"\n"
-    return files
+    files = newest.side_files()
+    if dtype is None:
+        return dict(files)
+    return side_files.with_dtype(files, dtype, str(newest.path / "config.json"))
 
 
 def _scheme_text(options: MergeOptions) -> str:
