@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -91,10 +92,11 @@ def source(folder: Path, weights: dict[str, Tensor]) -> Path:
     return folder
 
 
-def converted_logits(checkpoint: Path, like: Path, out: Path) -> Tensor:
+def converted_logits(checkpoint: Path, like: Path, out: Path, exclude: Sequence[str] = ()) -> Tensor:
     """What transformers computes from the converted checkpoint, loaded from files."""
     out.mkdir()
-    with closing(convert(formats.open_checkpoint(checkpoint), read_template(like))) as reader:
+    opened = formats.open_checkpoint(checkpoint)
+    with closing(convert(opened, read_template(like), exclude=exclude)) as reader:
         tensors = {
             name: torch.from_numpy(np.frombuffer(read_whole(reader, name), np.float32).copy()).reshape(
                 spec.shape
