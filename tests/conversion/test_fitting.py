@@ -165,5 +165,5 @@ def test_a_map_that_does_not_exist(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_configuration_is_no_template(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no config.json"):
+    with pytest.raises(UsageError, match=r"holds no config\.json"):
         read_template(tmp_path)

@@ -1,6 +1,6 @@
 """Maps: which tensor of a model becomes which of another, and how. Data, read strictly from TOML or JSON.
 
-docs/conversion.md describes the file; the built-in maps in `pma/conversion/built_in` are files of the same kind.
+docs/conversion.md describes the file; the built-in maps in `pma/conversion/built_in` are such files too.
 """
 
 from __future__ import annotations

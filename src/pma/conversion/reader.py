@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -200,30 +199,43 @@ class ConvertedReader:
             at_R, source_R, count_R = piece.runs(*asked)
             order = np.argsort(source_R, kind="stable")
             at_R, source_R, count_R = at_R[order], source_R[order], count_R[order]
-            for first, last in self._slabs(source_R, count_R, width):
-                low, high = int(source_R[first]), int(source_R[last - 1] + count_R[last - 1])
-                slab = self._slab(piece.source, low, high, width)
-                _scatter(slab, source_R[first:last] - low, values, at_R[first:last], count_R[first:last])
+            low_S, high_S, slab_R = self._slabs(source_R, count_R, width)
+            place_S = np.cumsum(high_S - low_S) - (high_S - low_S)  # slabs lie one after the other in memory
+            room = _SLAB_BYTES // width
+            for batch in np.split(np.arange(len(low_S)), _steps(place_S // room)):
+                mine = slice(*np.searchsorted(slab_R, [batch[0], batch[-1] + 1]).tolist())
+                inside_R = source_R[mine] + (place_S - low_S)[slab_R[mine]] - place_S[batch[0]]
+                packed = self._read(piece.source, low_S[batch], high_S[batch], width)
+                _scatter(packed, inside_R, values, at_R[mine], count_R[mine])
 
-    def _slabs(self, source_R: Integers, count_R: Integers, width: int) -> list[tuple[int, int]]:
-        """Runs, ascending in the source, in groups that one read of what covers them serves.
+    def _slabs(
+        self, source_R: Integers, count_R: Integers, width: int
+    ) -> tuple[Integers, Integers, Integers]:
+        """Slabs of the source that cover runs, which ascend in it: (start, stop) of each; each run's slab.
 
         A gap is read and thrown away if that costs less than another request.
         """
-        if not len(source_R):
-            return []
         gap = self.inner.request_bytes // 32 // width
-        apart = np.flatnonzero(source_R[1:] - (source_R + count_R)[:-1] > gap) + 1
-        slab_R = (source_R - source_R[0]) // (_SLAB_BYTES // width)
-        full = np.flatnonzero(slab_R[1:] != slab_R[:-1]) + 1
-        cuts = np.unique(np.concatenate([[0], apart, full, [len(source_R)]])).tolist()
-        return list(pairwise(cuts))
+        stop_R = source_R + count_R
+        begins_R = np.ones(len(source_R), bool)
+        begins_R[1:] = source_R[1:] - stop_R[:-1] > gap
+        begins_R[_steps((source_R - source_R[0]) // (_SLAB_BYTES // width))] = True
+        first_S = np.flatnonzero(begins_R)
+        last_S = np.append(first_S[1:], len(source_R)) - 1
+        return source_R[first_S], stop_R[last_S], np.cumsum(begins_R) - 1
 
-    def _slab(self, source: str, low: int, high: int, width: int) -> NDArray[Any]:
-        raw = np.empty((high - low) * width, np.uint8)
-        runs = self._stored_runs(source, *(np.array([x], np.int64) for x in (low, high, 0)))
+    def _read(self, source: str, low_S: Integers, high_S: Integers, width: int) -> NDArray[Any]:
+        """Ranges of a source tensor, one after the other."""
+        length_S = high_S - low_S
+        raw = np.empty(int(length_S.sum()) * width, np.uint8)
+        runs = self._stored_runs(source, low_S, high_S, np.cumsum(length_S) - length_S)
         self.inner.read_many(requests_for(runs, width, memoryview(raw)))  # type: ignore[arg-type]
         return raw.view(_UNITS[width])
+
+
+def _steps(ascending: Integers) -> Integers:
+    """Where a value differs from the one before."""
+    return np.flatnonzero(ascending[1:] != ascending[:-1]) + 1
 
 
 _UNITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
