@@ -7,19 +7,19 @@ new.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from blake3 import blake3
 
 from pma import __version__, engine, trajectory
 from pma.engine import MergeOptions, Plan
-from pma.errors import UsageError
+from pma.errors import FormatError, UsageError, printable
 from pma.evaluation.text import Document
 from pma.formats.contracts import CheckpointReader
-from pma.quantities import Steps, Tokens
+from pma.quantities import Steps, Tokens, parse_distance
 from pma.results import Store, content_key
 from pma.trajectory import Trajectory, TrajectoryPoint, Window
 
@@ -57,8 +57,16 @@ class Cell:
     @property
     def name(self) -> str:
         """A name for people and for a folder."""
-        every = "" if self.every is None else f"-every{str(self.every).replace(' ', '')}"
+        every = "" if self.every is None else f"-every{_exact_text(self.every)}"
         return f"{self.scheme.replace(':', '-')}-last{self.last}{every}-at{self.at}"
+
+
+def _exact_text(distance: Steps | Tokens) -> str:
+    """As `8Btokens` where that is exact, else all digits: names must differ where distances do."""
+    short = str(distance).replace(" ", "")
+    if parse_distance(short) == distance:
+        return short
+    return f"{distance.count}{'steps' if isinstance(distance, Steps) else 'tokens'}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,14 +96,11 @@ def planned(paths: Sequence[Path], grid: Grid, options: MergeOptions) -> Iterato
         raise UsageError(f"{paths[0]} is a checkpoint; a sweep chooses windows from a run")
     found = trajectory.resolve(paths)
     opened: dict[Path, CheckpointReader] = {}
-    with ExitStack() as stack:
-        stack.callback(_close_all, opened)
+    try:
         yield _Planner(found, grid, options, opened).sweep()
-
-
-def _close_all(opened: dict[Path, CheckpointReader]) -> None:
-    for reader in opened.values():
-        reader.close()
+    finally:
+        for reader in opened.values():
+            reader.close()
 
 
 class _Planner:
@@ -156,23 +161,33 @@ def merge_key(plan: Plan) -> str:
             "dtype": options.dtype.name if options.dtype else None,
             "exclude": list(options.exclude),
             "copy": list(options.copy),
+            "with_optimizer": options.with_optimizer,
             "allow_nonfinite": options.allow_nonfinite,
             "beside": {name: blake3(data).hexdigest() for name, data in plan.side_files.items()},
         }
     )
 
 
-def write(sweep: Sweep, folder: Path, **how: Any) -> list[tuple[Cell, Path]]:
-    """Write the cell's merges into folders of `folder`; one that is there already, from the same plan, is
-    left alone.
-
-    Cells of like content are written once, under the first one's name. `how` as in `engine.write`.
+def targets(sweep: Sweep, folder: Path) -> dict[int, Path]:
+    """For each plan the folder in `folder` that it is written to: cells of like content share the first one's
+    name.
     """
-    first = {cell.plan: cell for cell in reversed(sweep.cells)}
-    targets = [(sweep.plans[place], folder / cell.name) for place, cell in sorted(first.items())]
-    missing = [(plan, out) for plan, out in targets if not engine.is_written(plan, out)]
-    engine.sweep_to_folders(missing, **how)
-    return [(cell, folder / first[cell.plan].name) for cell in sweep.cells]
+    return {cell.plan: folder / cell.name for cell in reversed(sweep.cells)}
+
+
+def unwritten(sweep: Sweep, folder: Path) -> list[tuple[Plan, Path]]:
+    """What of the sweep is not in `folder` yet, made from the same plan."""
+    places = sorted(targets(sweep, folder).items())
+    return [(sweep.plans[p], out) for p, out in places if not engine.is_written(sweep.plans[p], out)]
+
+
+def write(sweep: Sweep, folder: Path, **how: Unpack[engine.How]) -> list[tuple[Cell, Path]]:
+    """Write what is not there yet of the cells' merges into folders of `folder`; `how` as in
+    `engine.write`.
+    """
+    engine.sweep_to_folders(unwritten(sweep, folder), **how)
+    out = targets(sweep, folder)
+    return [(cell, out[cell.plan]) for cell in sweep.cells]
 
 
 def evaluate(
@@ -183,18 +198,18 @@ def evaluate(
     cloze: int = 400,
     context_tokens: int | None = None,
     announce: Callable[[str], None] = lambda text: None,
+    begin: Callable[[Sequence[Plan]], None] = lambda plans: None,
 ) -> tuple[dict[int, Evaluation], int]:
     """Evaluations by plan, of every cell and of the raw checkpoints; and how many of them were in the store
-    already.
+    already. `begin` hears once of the plans that are not.
     """
-    from pma.evaluation.evaluate import Evaluation
     from pma.evaluation.evaluate import evaluate as evaluate_one
     from pma.evaluation.model import load_scorer
 
     key = evaluation_key(documents, cloze=cloze, context_tokens=context_tokens)
     store.prepare()
     known = {place: store.get(merge, key) for place, merge in enumerate(sweep.keys)}
-    done = {place: Evaluation.from_json(value) for place, value in known.items() if value is not None}
+    done = {place: _read_back(value, store) for place, value in known.items() if value is not None}
     missing = [place for place, value in known.items() if value is None]
 
     def use(number: int, tensors: dict[str, Tensor]) -> None:
@@ -205,9 +220,23 @@ def evaluate(
         done[place] = evaluate_one(sweep.keys[place][:12], scorer, documents, cloze=cloze)
         store.put(sweep.keys[place], key, merge=_described(plan), result=done[place].to_json())
 
+    begin([sweep.plans[place] for place in missing])
     if missing:
         engine.sweep_in_memory([sweep.plans[place] for place in missing], use)
     return done, len(known) - len(missing)
+
+
+def _read_back(value: dict[str, Any], store: Store) -> Evaluation:
+    """An evaluation from the store, which is a file like any other."""
+    from pma.evaluation.evaluate import Evaluation
+
+    try:
+        return Evaluation.from_json(value)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FormatError(
+            f"{store.path} holds an evaluation that cannot be read ({printable(repr(error))}); "
+            "remove the file, and it is computed again"
+        ) from error
 
 
 def evaluation_key(documents: Sequence[Document], *, cloze: int, context_tokens: int | None) -> str:

@@ -38,14 +38,15 @@ class Choice:
     preset: bool = False
     at: int | None = None
     as_given: bool = False
+    pattern: str | None = None
     allow_mixed_phases: bool = False
 
     def points(self) -> tuple[Trajectory, tuple[TrajectoryPoint, ...]]:
         """The trajectory and the chosen checkpoints, oldest first. Raises UsageError where no window is
         given.
         """
-        found = trajectory.resolve(self.paths, as_given=self.as_given)
-        explicit = trajectory.is_checkpoint(self.paths[0])
+        found = trajectory.resolve(self.paths, as_given=self.as_given, pattern=self.pattern)
+        explicit = self.pattern is None and trajectory.is_checkpoint(self.paths[0])
         window = self.window
         if explicit and (window is not None or self.preset or self.at is not None):
             raise UsageError(
@@ -117,16 +118,16 @@ def _preset(found: Trajectory) -> Preset:
     return trajectory.fitted(size, stable)
 
 
-def inspect(path: Path) -> dict[str, Any]:
+def inspect(path: Path, pattern: str | None = None) -> dict[str, Any]:
     """What a checkpoint or a run is, from headers and records alone, as plain values.
 
     A run has `checkpoints`, `left_out` and `suggestion`; a checkpoint has `format`, `step`, `tokens`,
     `tensors` and so on.
     """
-    if path.is_dir() and not trajectory.is_checkpoint(path):
-        return _inspect_run(path)
+    if pattern is not None or (path.is_dir() and not trajectory.is_checkpoint(path)):
+        return _inspect_run(path, pattern)
     with closing(formats.open_checkpoint(path)) as reader:
-        meta, identities, specs = reader.meta, reader.identities(), reader.tensors.values()
+        meta, identities, specs = formats.read_meta(path), reader.identities(), reader.tensors.values()
         return {
             "path": str(path),
             "real_path": str(path.resolve()),
@@ -143,12 +144,15 @@ def inspect(path: Path) -> dict[str, Any]:
             "bytes": sum(identity.size_bytes for identity in identities),
             "files": [identity.name for identity in identities],
             "dtypes": dict(Counter(spec.dtype.name for spec in specs)),
-            "tensors": [{"name": s.name, "dtype": s.dtype.name, "shape": list(s.shape)} for s in specs],
+            "tensors": [
+                {"name": s.name, "dtype": s.dtype.name, "shape": list(s.shape), "role": s.role.value}
+                for s in specs
+            ],
         }
 
 
-def _inspect_run(path: Path) -> dict[str, Any]:
-    found = trajectory.discover([path])
+def _inspect_run(path: Path, pattern: str | None) -> dict[str, Any]:
+    found = trajectory.discover([path], pattern)
     return {
         "path": str(path),
         "checkpoints": [point.describe() for point in found.points],

@@ -315,12 +315,12 @@ def test_a_checkpoint_that_transformers_does_not_know(run: Path, tmp_path: Path)
 
 FLAGS = {
     "demo": "--json --moe --out",
-    "inspect": "--json --tensors",
+    "inspect": "--json --pattern --tensors",
     "plan": "--allow-mixed-phases --allow-nonfinite --as-given --at --copy --dtype --every --exclude --json "
-    "--last --memory --preset --scheme --threads --weights",
+    "--last --like --map --memory --pattern --preset --scheme --threads --to --weights --with-optimizer",
     "merge": "--allow-mixed-phases --allow-nonfinite --as-given --at --break-lock --copy --dtype --every "
-    "--exclude --fresh --hash-sources --inside-run --json --last --measure-roofline --memory --out --preset "
-    "--scheme --sha256 --threads --weights",
+    "--exclude --fresh --hash-sources --inside-run --json --last --like --map --measure-roofline --memory "
+    "--out --pattern --preset --scheme --sha256 --threads --to --weights --with-optimizer",
     "sweep": "--allow-mixed-phases --allow-nonfinite --at --break-lock --cloze --context --copy --dtype "
     "--every "
     "--exclude --fresh --json --last --memory --scheme --store --text --threads --write",

@@ -74,7 +74,7 @@ def test_the_table_and_the_pictures(run: Path, tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.stderr
     assert "20 steps" in shown.stdout
     assert "confirm it on other text" in shown.stdout
-    assert "4 merges (4 distinct) in 1 pass" in shown.stderr
+    assert "5 of 5 distinct models are new; 1 pass over" in shown.stderr  # 4 merges, 1 raw
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert "<html" in (tmp_path / "sweep.html").read_text()
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from pma import averaging, engine, formats, trajectory
-from pma.engine import MergeOptions, blocks, building, compute, memory_budget, provenance, work
+from pma.engine import MergeOptions, blocks, building, compute, memory_budget, provenance
 from pma.errors import InputError, MismatchError, UsageError
 from pma.formats.safetensors import SafetensorsReader
 from pma.testing import Raw, random_raw, reference_average, tiny_llama_run, tiny_run
@@ -487,7 +487,7 @@ def test_pages_of_a_run_larger_than_memory_are_not_left_in_the_cache(
     paths = tiny_run(tmp_path / "run", steps=3)
     merged(paths, tmp_path / "small")
     assert not forgotten
-    monkeypatch.setattr(work, "_physical_memory_bytes", lambda: 1000)
+    monkeypatch.setattr("pma.engine.stream._physical_memory_bytes", lambda: 1000)
     out = merged(paths, tmp_path / "large")
     assert {advice for *_, advice in forgotten} == {os.POSIX_FADV_DONTNEED}
     assert sum(length for _, _, length, _ in forgotten) >= sum(

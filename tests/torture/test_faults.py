@@ -110,8 +110,11 @@ def test_a_disk_that_fills_up_in_the_middle(
     def unsupported(descriptor: int, offset: int, length: int) -> None:
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
-    def progress(read: int, written: int) -> None:
-        if written > 8 * MIB and not (small_disk / "filler").exists():
+    written = []
+
+    def progress(read: int, more: int) -> None:
+        written.append(more)
+        if sum(written) > 8 * MIB and not (small_disk / "filler").exists():
             fill(small_disk)
 
     if not reserves:
@@ -267,10 +270,11 @@ CHANGES = {"truncate": lambda f: os.truncate(f, 2 * MIB), "rewrite": _rewrite, "
 def test_a_source_that_changes_in_the_middle(tmp_path: Path, change: str) -> None:
     """While blocks are made: an error that names it; the next attempt does not go on with what was made."""
     paths = tiny_run(tmp_path / "run", steps=3, shapes=SHAPES)
-    victim, changed = paths[1] / "model.safetensors", []
+    victim, changed, written = paths[1] / "model.safetensors", [], []
 
-    def progress(read: int, written: int) -> None:
-        if written > 8 * MIB and not changed:
+    def progress(read: int, more: int) -> None:
+        written.append(more)
+        if sum(written) > 8 * MIB and not changed:
             CHANGES[change](victim)
             changed.append(True)
 
@@ -294,8 +298,11 @@ def test_a_source_that_changes_before_the_resume(tmp_path: Path, change: str) ->
     class Stopped(Exception):
         pass
 
-    def progress(read: int, written: int) -> None:
-        if written > 8 * MIB:
+    written = []
+
+    def progress(read: int, more: int) -> None:
+        written.append(more)
+        if sum(written) > 8 * MIB:
             raise Stopped
 
     with plan(paths, threads=1) as planned, pytest.raises(Stopped):

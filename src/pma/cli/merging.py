@@ -27,13 +27,14 @@ def register(app: typer.Typer) -> None:
 def inspect(
     path: Annotated[Path, typer.Argument(help="A run or a checkpoint.", show_default=False)],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    pattern: flags.Pattern = None,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
     """What a run or checkpoint is: format, steps, tokens, lr, phases; tensors, parameters, types.
 
     Example: pma inspect runs/7b
     """
-    result = verbs.inspect(path)
+    result = verbs.inspect(path, pattern)
     if not json_output:
         if "checkpoints" in result:
             _show_run(result)
@@ -98,7 +99,12 @@ def plan(
     dtype: flags.OutputDType = None,
     exclude: flags.Exclude = None,
     copy: flags.Copy = None,
+    with_optimizer: flags.WithOptimizer = False,
+    to: flags.To = None,
+    like: flags.Like = None,
+    map_name: flags.MapName = None,
     as_given: flags.AsGiven = False,
+    pattern: flags.Pattern = None,
     allow_mixed_phases: flags.MixedPhases = False,
     allow_nonfinite: flags.Nonfinite = False,
     threads: flags.Threads = 2,
@@ -111,7 +117,7 @@ def plan(
 
     Example: pma plan runs/7b --last 10 --every 8B --scheme wma
     """
-    is_run = not trajectory.is_checkpoint(sources[0])
+    is_run = pattern is not None or not trajectory.is_checkpoint(sources[0])
     chosen = flags.choice(
         sources,
         last=last,
@@ -119,15 +125,27 @@ def plan(
         at=at,
         preset=preset or (is_run and last is None and every is None),
         as_given=as_given,
+        pattern=pattern,
         allow_mixed_phases=allow_mixed_phases,
     )
     options = flags.merge_options(
-        scheme, weights, dtype, exclude, copy, allow_nonfinite=allow_nonfinite, threads=threads, memory=memory
+        scheme,
+        weights,
+        dtype,
+        exclude,
+        copy,
+        with_optimizer=with_optimizer,
+        to=to,
+        like=like,
+        map_name=map_name,
+        allow_nonfinite=allow_nonfinite,
+        threads=threads,
+        memory=memory,
     )
     with verbs.plan(chosen, options) as planned:
         description = planned.describe()
     if is_run:
-        description["suggestion"] = verbs.suggestion(trajectory.resolve(sources))
+        description["suggestion"] = verbs.suggestion(trajectory.resolve(sources, pattern=pattern))
     if not json_output:
         _show_plan(description)
     return description
@@ -159,6 +177,12 @@ def _show_plan(description: dict[str, Any]) -> None:
     for what in ("copied", "excluded"):
         if description[what]:
             say(f"{what:<11} {_listed(description[what])}")
+    if description["training_state_left_out"]:
+        count = description["training_state_left_out"]
+        say(f"left out    {count} entries of training state, such as moments (--with-optimizer)")
+    if description["conversion"] is not None:
+        how = description["conversion"]
+        say(f"becomes     the model of {printable(how['like'])}, by map {printable(how['map'])}")
     say(f"output      {', '.join(description['output_dtypes'])} in {len(description['output_files'])} files")
     say(f"reads       {bytes_text(read)}, writes {bytes_text(written)}")
     say(f"time        {description['seconds_at_1GB_per_second']:g} s on storage that moves 1GB/s")
@@ -187,7 +211,12 @@ def merge(
     dtype: flags.OutputDType = None,
     exclude: flags.Exclude = None,
     copy: flags.Copy = None,
+    with_optimizer: flags.WithOptimizer = False,
+    to: flags.To = None,
+    like: flags.Like = None,
+    map_name: flags.MapName = None,
     as_given: flags.AsGiven = False,
+    pattern: flags.Pattern = None,
     allow_mixed_phases: flags.MixedPhases = False,
     allow_nonfinite: flags.Nonfinite = False,
     inside_run: Annotated[bool, typer.Option("--inside-run", help="Allow an output inside the run.")] = False,
@@ -214,10 +243,22 @@ def merge(
         at=at,
         preset=preset,
         as_given=as_given,
+        pattern=pattern,
         allow_mixed_phases=allow_mixed_phases,
     )
     options = flags.merge_options(
-        scheme, weights, dtype, exclude, copy, allow_nonfinite=allow_nonfinite, threads=threads, memory=memory
+        scheme,
+        weights,
+        dtype,
+        exclude,
+        copy,
+        with_optimizer=with_optimizer,
+        to=to,
+        like=like,
+        map_name=map_name,
+        allow_nonfinite=allow_nonfinite,
+        threads=threads,
+        memory=memory,
     )
     with verbs.plan(chosen, options) as planned:
         for path, reason in planned.left_out:

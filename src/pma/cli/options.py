@@ -47,6 +47,24 @@ Copy = Annotated[
     list[str] | None,
     typer.Option("--copy", metavar="PATTERN", help="Take tensors from the newest checkpoint instead."),
 ]
+WithOptimizer = Annotated[
+    bool, typer.Option("--with-optimizer", help="Carry training state of the newest, average fp32 masters.")
+]
+Pattern = Annotated[
+    str | None,
+    typer.Option("--pattern", metavar="REGEX", help=r"Names of checkpoints, such as 'ckpt_(?P<step>\d+)'."),
+]
+To = Annotated[
+    str | None,
+    typer.Option("--to", metavar="FORMAT", help="The output's format, such as hf, if another."),
+]
+Like = Annotated[
+    Path | None,
+    typer.Option("--like", metavar="FOLDER", help="Become the Hugging Face model that lies there."),
+]
+MapName = Annotated[
+    str | None, typer.Option("--map", metavar="MAP", help="How: a built-in map, or a file of your own.")
+]
 AsGiven = Annotated[
     bool, typer.Option("--as-given", help="Checkpoints are named oldest first; do not order by step.")
 ]
@@ -80,6 +98,7 @@ def choice(
     at: int | None,
     preset: bool,
     as_given: bool = False,
+    pattern: str | None = None,
     allow_mixed_phases: bool = False,
 ) -> Choice:
     """The checkpoints that the flags name. Raises UsageError for flags that do not go together."""
@@ -95,6 +114,7 @@ def choice(
         preset=preset,
         at=at if window is None else None,
         as_given=as_given,
+        pattern=pattern,
         allow_mixed_phases=allow_mixed_phases,
     )
 
@@ -106,6 +126,10 @@ def merge_options(
     exclude: list[str] | None = None,
     copy: list[str] | None = None,
     *,
+    with_optimizer: bool = False,
+    to: str | None = None,
+    like: Path | None = None,
+    map_name: str | None = None,
     allow_nonfinite: bool = False,
     threads: int = 2,
     memory: str = DEFAULT_MEMORY,
@@ -125,6 +149,10 @@ def merge_options(
         dtype=_DTYPES[dtype] if dtype else None,
         exclude=tuple(exclude or ()),
         copy=tuple(copy or ()),
+        with_optimizer=with_optimizer,
+        to=to,
+        like=like,
+        map=map_name,
         allow_nonfinite=allow_nonfinite,
         threads=threads,
         memory_bytes=parse_bytes(memory),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from pma import engine, sweeping, verbs
 from pma.cli import options as flags
 from pma.cli.output import command, note, say, table
 from pma.cli.transfer import transfer
+from pma.engine import Plan
 from pma.errors import MissingExtra, UsageError
 from pma.quantities import bytes_text, parse_distance
 from pma.results import Store
@@ -78,17 +80,25 @@ def sweep(
         "sma", None, dtype, exclude, copy, allow_nonfinite=allow_nonfinite, threads=threads, memory=memory
     )
     with sweeping.planned(sources, grid, options) as planned:
-        result = _announced(planned, evaluates=write is None or bool(text), writes=write is not None)
+        result = _announced(planned)
         if write is not None:
-            result["written"] = _write(
-                planned, write, as_json=json_output, fresh=fresh, break_lock=break_lock
-            )
+            _write(planned, write, result, as_json=json_output, fresh=fresh, break_lock=break_lock)
         if write is None or text:
             documents = verbs.held_out_documents(text or (), sources[0])
             kept = store or (sources[0] / sweeping.STORE_FILE)
+
+            def begin(missing: Sequence[Plan]) -> None:
+                _announce("evaluation", missing, len(planned.plans), result)
+
             with Store(kept) as opened:
                 done, known = sweeping.evaluate(
-                    planned, documents, opened, cloze=cloze, context_tokens=context, announce=note
+                    planned,
+                    documents,
+                    opened,
+                    cloze=cloze,
+                    context_tokens=context,
+                    announce=note,
+                    begin=begin,
                 )
             rows = sweeping.rows(planned, done)
             pictures = _draw(rows, kept.parent / "sweep")
@@ -114,37 +124,40 @@ def _whole(text: str, flag: str) -> int:
     return int(text)
 
 
-def _announced(planned: Sweep, *, evaluates: bool, writes: bool) -> dict[str, Any]:
-    """Say what the sweep will do, and return it."""
+def _announced(planned: Sweep) -> dict[str, Any]:
+    """Say what the grid came to, and return it."""
     for path, reason in planned.left_out:
         note(f"left out: {path}: {reason}")
     for reason in planned.skipped:
         note(f"skipped: {reason}")
-    result: dict[str, Any] = {"merges": len(planned.cells), "distinct": len({c.plan for c in planned.cells})}
-    result["skipped"] = list(planned.skipped)
-    for kind, asked in (("evaluation", evaluates), ("writing", writes)):
-        if asked:
-            in_memory = kind == "evaluation"
-            passes = engine.passes(planned.plans, in_memory=in_memory)
-            read = engine.bytes_to_read_by(planned.plans, in_memory=in_memory)
-            note(
-                f"{kind}: {len(planned.cells)} merges ({result['distinct']} distinct) in {len(passes)} "
-                f"pass{'es' if len(passes) > 1 else ''} over the checkpoints, reading {bytes_text(read)}"
-            )
-            result[f"{kind}_passes"], result[f"{kind}_bytes_to_read"] = len(passes), read
-    return result
+    distinct = len({cell.plan for cell in planned.cells})
+    return {"merges": len(planned.cells), "distinct": distinct, "skipped": list(planned.skipped)}
+
+
+def _announce(kind: str, missing: Sequence[Plan], of: int, result: dict[str, Any]) -> None:
+    """Say what is to be made, in how many passes, from how many bytes; and put it into the result."""
+    in_memory = kind == "evaluation"
+    passes = len(engine.passes(missing, in_memory=in_memory))
+    read = engine.bytes_to_read_by(missing, in_memory=in_memory)
+    note(
+        f"{kind}: {len(missing)} of {of} distinct models are new; {passes} "
+        f"pass{'' if passes == 1 else 'es'} over the checkpoints, reading {bytes_text(read)}"
+    )
+    result[f"{kind}_passes"], result[f"{kind}_bytes_to_read"] = passes, read
 
 
 def _write(
-    planned: Sweep, folder: Path, *, as_json: bool, fresh: bool, break_lock: bool
-) -> list[dict[str, Any]]:
-    total = sum(planned.plans[place].bytes_to_write for place in {cell.plan for cell in planned.cells})
+    planned: Sweep, folder: Path, result: dict[str, Any], *, as_json: bool, fresh: bool, break_lock: bool
+) -> None:
+    missing = [plan for plan, _ in sweeping.unwritten(planned, folder)]
+    _announce("writing", missing, result["distinct"], result)
+    total = sum(plan.bytes_to_write for plan in missing)
     with transfer("writing", total, as_json=as_json) as show:
         written = sweeping.write(planned, folder, fresh=fresh, break_lock=break_lock, progress=show)
     if not as_json:
         for path in sorted({path for _, path in written}):
             say(str(path))
-    return [
+    result["written"] = [
         {
             "scheme": cell.scheme,
             "last": cell.last,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import resource
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,46 +21,55 @@ _EVENT_SECONDS = 1.0
 
 @contextmanager
 def transfer(title: str, bytes_to_write: int, *, as_json: bool) -> Iterator[Callable[[int, int], None]]:
-    """Call it with the totals of bytes read and written so far, from any one thread at a time.
+    """Call it with bytes read and written since the last call, from any thread. Bytes that were there already
+    come with none read.
 
     A bar where stderr is a terminal, else a line now and then; with `as_json` one JSON object a second.
     """
-    meter = _Meter(bytes_to_write)
+    meter, lock = _Meter(bytes_to_write), threading.Lock()
     if as_json:
         last = [time.monotonic()]
 
         def event(read: int, written: int) -> None:
-            now = time.monotonic()
-            if now - last[0] >= _EVENT_SECONDS or written >= bytes_to_write:
-                last[0] = now
-                note(json.dumps({"event": title, **meter.now(read, written)}))
+            with lock:
+                state, now = meter.add(read, written), time.monotonic()
+                if now - last[0] >= _EVENT_SECONDS or state["bytes_written"] >= bytes_to_write:
+                    last[0] = now
+                    note(json.dumps({"event": title, **state}))
 
         yield event
         return
     with progress(title, bytes_to_write) as show:
-        yield lambda read, written: show(written, _words(meter.now(read, written)))
+
+        def bar(read: int, written: int) -> None:
+            with lock:
+                state = meter.add(read, written)
+                show(state["bytes_written"], _words(state))
+
+        yield bar
 
 
 class _Meter:
-    """Rates since the first call; what was there from an earlier attempt is not counted as speed."""
+    """Totals, and rates since the start; what was there from an earlier attempt is not counted as speed."""
 
     def __init__(self, bytes_to_write: int) -> None:
         self._to_write = bytes_to_write
         self._started = time.monotonic()
-        self._resumed: int | None = None
+        self._read = self._written = self._resumed = 0
 
-    def now(self, read: int, written: int) -> dict[str, Any]:
-        if self._resumed is None:
-            self._resumed = written if read == 0 else 0
+    def add(self, read: int, written: int) -> dict[str, Any]:
+        self._read += read
+        self._written += written
+        self._resumed += written if read == 0 else 0
         seconds = max(time.monotonic() - self._started, 1e-6)
-        fresh = written - self._resumed
-        left = (self._to_write - written) * seconds / fresh if fresh else None
+        fresh = self._written - self._resumed
+        left = (self._to_write - self._written) * seconds / fresh if fresh else None
         return {
-            "bytes_read": read,
-            "bytes_written": written,
+            "bytes_read": self._read,
+            "bytes_written": self._written,
             "bytes_to_write": self._to_write,
-            "percent": round(100 * written / max(self._to_write, 1), 1),
-            "read_bytes_per_second": round(read / seconds),
+            "percent": round(100 * self._written / max(self._to_write, 1), 1),
+            "read_bytes_per_second": round(self._read / seconds),
             "write_bytes_per_second": round(fresh / seconds),
             "seconds_left": None if left is None else round(left, 1),
         }

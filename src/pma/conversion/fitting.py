@@ -101,6 +101,11 @@ def fit(
     )
 
 
+def model_tensors(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """Those that belong to the model, not to its training."""
+    return {name: spec for name, spec in specs.items() if spec.role in _MODEL_ROLES}
+
+
 def _built_in_for(template: Template) -> list[Map]:
     """Built-in maps to this type of model; names alone say nothing where the template has none."""
     return [

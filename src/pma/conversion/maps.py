@@ -9,7 +9,7 @@ import itertools
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Map:
-    """Rules for model types `models` (empty: any).
+    """Rules for model types `models` (empty: any). `name`: of a built-in map, or the path of a file.
 
     `identity`: tensors keep their names. `prefixes`: what may stand before every source's name. `unused`:
     patterns of source tensors that a model can do without; `facts`: names and keys of the configuration.
@@ -106,7 +106,7 @@ def load_map(given: str) -> Map:
         raise FormatError(
             f"{path} has more than {_LARGEST_MAP_BYTES} bytes; that is not believable for a map"
         )
-    return parse_map(path.read_bytes(), path)
+    return replace(parse_map(path.read_bytes(), path), name=str(path.resolve()))
 
 
 def parse_map(text: bytes, path: Path) -> Map:

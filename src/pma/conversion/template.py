@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from pma import formats
 from pma.errors import FormatError, UsageError, printable
 from pma.formats import side_files, strict_json
@@ -34,11 +36,13 @@ _FACT_KEYS = {
 class Template:
     """The model that a converted checkpoint is to be.
 
-    `facts`: sizes by name. `tied`: whether input and output embeddings are one; None where the configuration
-    does not say. `shapes`: of every tensor, by name, where the folder holds weights; else None.
+    `digest`: of all that a conversion depends on. `facts`: sizes by name. `tied`: whether input and output
+    embeddings are one; None where the configuration does not say. `shapes`: of every tensor, by name, where
+    the folder holds weights; else None.
     """
 
     path: Path
+    digest: str
     model_type: str
     config: Mapping[str, Any]
     facts: Mapping[str, int]
@@ -64,6 +68,7 @@ def read_template(path: Path) -> Template:
             shapes = {name: spec.shape for name, spec in reader.tensors.items()}
     return Template(
         path=path,
+        digest=_digest(path, shapes),
         model_type=model_type,
         config=config,
         facts=_facts(config, path / CONFIG_FILE),
@@ -71,6 +76,12 @@ def read_template(path: Path) -> Template:
         shapes=shapes,
         side_files=side_files.read(path),
     )
+
+
+def _digest(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> str:
+    """Of all that a conversion depends on: the configuration, and what tensors the weights are."""
+    parts = [(path / CONFIG_FILE).read_bytes(), repr(sorted(shapes.items()) if shapes else None).encode()]
+    return blake3(b"\n".join(parts)).hexdigest()
 
 
 def _facts(config: Mapping[str, Any], where: Path) -> dict[str, int]:

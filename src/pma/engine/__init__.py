@@ -1,6 +1,6 @@
 """plan -> stream -> commit: averaging checkpoints in bounded memory, each output whole or not there."""
 
-from pma.engine.commit import Merge, check_output, is_written, write
+from pma.engine.commit import How, Merge, check_output, is_written, write
 from pma.engine.memory import average
 from pma.engine.plan import MergeOptions, Plan, is_mixture_of_experts, parameter_count, plan
 from pma.engine.roofline import Roofline, measure_roofline
@@ -8,6 +8,7 @@ from pma.engine.sweep import bytes_to_read_by, passes, sweep_digests, sweep_in_m
 from pma.engine.verify import Verification, verify
 
 __all__ = [
+    "How",
     "Merge",
     "MergeOptions",
     "Plan",

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from pma.engine import provenance
 from pma.engine.building import SAVE_SECONDS, Building, kept_up
@@ -130,53 +131,38 @@ def is_written(plan: Plan, out: Path) -> bool:
     return record.is_file() and provenance.load(out).get("plan") == provenance.heading(plan)
 
 
-def write(
-    plan: Plan,
-    out: Path,
-    *,
-    inside_run: bool = False,
-    sha256: bool = False,
-    hash_sources: bool = False,
-    fresh: bool = False,
-    break_lock: bool = False,
-    progress: Progress | None = None,
-    save_seconds: float = SAVE_SECONDS,
-) -> Merge:
+class How(TypedDict, total=False):
+    """How to write a merge; all may be left out.
+
+    `inside_run`: also inside a run. `sha256` adds standard digests of the output, `hash_sources` of the
+    sources, both by reading them again. `fresh` forgets an earlier attempt; `break_lock` takes the lease of
+    another host's. `progress` hears of bytes moved. `save_seconds`: how often what is done is made durable.
+    """
+
+    inside_run: bool
+    sha256: bool
+    hash_sources: bool
+    fresh: bool
+    break_lock: bool
+    progress: Progress | None
+    save_seconds: float
+
+
+def write(plan: Plan, out: Path, **how: Unpack[How]) -> Merge:
     """Carry out `plan` into the new folder `out`; where an earlier attempt was interrupted, go on with it.
 
     Raises UsageError where `out` exists or another builds it, SpaceError, MismatchError where a source
-    changed meanwhile, Interrupted. `sha256` adds standard digests of the output, `hash_sources` of the
-    sources, both by reading them again. `fresh` forgets an earlier attempt; `break_lock` takes the lease of
-    another host's.
+    changed meanwhile, Interrupted.
     """
-    return write_all(
-        work_of(plan),
-        [(plan, out)],
-        inside_run=inside_run,
-        sha256=sha256,
-        hash_sources=hash_sources,
-        fresh=fresh,
-        break_lock=break_lock,
-        progress=progress,
-        save_seconds=save_seconds,
-    )[0]
+    return write_all(work_of(plan), [(plan, out)], **how)[0]
 
 
-def write_all(
-    work: Work,
-    targets: Sequence[tuple[Plan, Path]],
-    *,
-    inside_run: bool = False,
-    sha256: bool = False,
-    hash_sources: bool = False,
-    fresh: bool = False,
-    break_lock: bool = False,
-    progress: Progress | None = None,
-    save_seconds: float = SAVE_SECONDS,
-) -> list[Merge]:
+def write_all(work: Work, targets: Sequence[tuple[Plan, Path]], **how: Unpack[How]) -> list[Merge]:
     """As `write`, for several merges that share their reads: `work` has a recipe for each of `targets`."""
+    inside_run, fresh = how.get("inside_run", False), how.get("fresh", False)
+    break_lock = how.get("break_lock", False)
     warnings = [check_output(plan, out, inside_run=inside_run) for plan, out in targets]
-    count, started = _Count(progress), time.monotonic()
+    count, started = _Count(how.get("progress")), time.monotonic()
     from pma.engine.compute import load_kernels  # takes a while: a signal amid it may abort the process
 
     load_kernels(work.blocks.averaged_types())
@@ -189,12 +175,13 @@ def write_all(
         if any(resumed):
             count.add(0, sum(resumed))
         streaming, stop = time.monotonic(), StopFlag()
-        with kept_up(buildings, stop, save_seconds):
+        with kept_up(buildings, stop, how.get("save_seconds", SAVE_SECONDS)):
             stream(work, [building.output for building in buildings], progress=count.add, stop=stop)
             streamed = time.monotonic()
         for building in buildings:
             building.save()
         durable = time.monotonic()
+        sha256, hash_sources = how.get("sha256", False), how.get("hash_sources", False)
         records = [building.finish(sha256=sha256, hash_sources=hash_sources) for building in buildings]
     return [
         Merge(
@@ -214,7 +201,7 @@ def write_all(
 
 
 class _Count:
-    """Bytes read and written, from many threads, passed on to whoever shows progress."""
+    """Bytes read and written, counted from many threads, and passed on to whoever shows progress."""
 
     def __init__(self, progress: Progress | None) -> None:
         self.read = self.written = 0
@@ -222,12 +209,12 @@ class _Count:
         self._lock = threading.Lock()
 
     def add(self, read: int, written: int) -> None:
-        """Count, and pass on the totals."""
+        """Count some more."""
         with self._lock:
             self.read += read
             self.written += written
-            if self._progress is not None:
-                self._progress(self.read, self.written)
+        if self._progress is not None:
+            self._progress(read, written)
 
 
 def _begun(plan: Plan, out: Path, *, fresh: bool, break_lock: bool) -> Building:

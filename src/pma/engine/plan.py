@@ -6,7 +6,7 @@ Every error that can be foreseen surfaces here, before the first byte is written
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,13 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from pma import averaging, formats
+from pma.engine import converting
 from pma.engine.blocks import Blocks, Policy
 from pma.engine.memory_budget import DEFAULT_MEMORY_BYTES, peak_memory_bytes, tile_bytes_within
 from pma.errors import InputError, MismatchError, UsageError, printable
 from pma.formats import side_files
 from pma.formats.contracts import CheckpointReader
 from pma.trajectory import TrajectoryPoint
-from pma.types import DType, FileIdentity, Layout, TensorSpec
+from pma.types import DType, FileIdentity, Layout, Role, TensorSpec
+
+# what must be the same in all sources; anything else is the newest's
+_COMPARED = (Role.PARAMETER, Role.BUFFER, Role.MASTER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +34,11 @@ class MergeOptions:
 
     `scheme`: see `averaging.scheme`. `weights`: given weights, oldest first, instead of a scheme. `dtype`:
     element type of averaged tensors, the inputs' own by default. `exclude`, `copy`: patterns of tensor names
-    to leave out, or to take from the newest checkpoint.
+    to leave out, or to take from the newest checkpoint. `with_optimizer`: average the optimizer's masters
+    too and carry the rest of the newest checkpoint's training state; left out otherwise. `to`: the output's
+    format, the newest checkpoint's own by default. `like`: a Hugging Face model folder; tensors get the
+    names, order and shapes of that model, by `map` (a built-in one or a file; by default the only one that
+    fits), and `exclude` then means tensors of the sources.
     """
 
     scheme: str = "sma"
@@ -38,6 +46,10 @@ class MergeOptions:
     dtype: DType | None = None
     exclude: tuple[str, ...] = ()
     copy: tuple[str, ...] = ()
+    with_optimizer: bool = False
+    to: str | None = None
+    like: Path | None = None
+    map: str | None = None
     allow_nonfinite: bool = False
     threads: int = 2
     memory_bytes: int = DEFAULT_MEMORY_BYTES
@@ -45,6 +57,10 @@ class MergeOptions:
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype.kind != "float":
             raise UsageError(f"--dtype {self.dtype.name}: averages can be kept as F16, BF16, F32 or F64")
+        if self.map is not None and self.like is None:
+            raise UsageError(f"--map {self.map} needs --like FOLDER, the model that the tensors become")
+        if self.like is not None and self.with_optimizer:
+            raise UsageError("--with-optimizer keeps a trainer's own state; --like FOLDER leaves it behind")
         if self.threads < 1:
             raise UsageError(f"--threads {self.threads}: at least one is needed")
 
@@ -131,7 +147,11 @@ class Plan:
             "tensors": {policy: len(names) for policy, names in groups.items()},
             "copied": groups["copy newest"],
             "excluded": groups["excluded"],
+            "training_state_left_out": sum(
+                not _wanted(spec, self.options) for spec in converting.stored_tensors(self.newest).values()
+            ),
             "parameters": parameter_count(self.tensors),
+            "conversion": converting.record(self.newest),
             "output_dtypes": sorted({spec.dtype.value[0] for spec in self.layout.tensors.values()}),
             "output_files": [file.name for file in self.layout.files],
             "bytes_to_read": self.bytes_to_read,
@@ -165,16 +185,23 @@ def plan(
                 opened[point.path] = formats.open_checkpoint(point.path)
                 on_error.callback(opened[point.path].close)
             readers.append(opened[point.path])
+        if options.like is not None:
+            _check_match("--exclude", options.exclude, [name for r in readers for name in r.tensors])
+            readers = converting.converted(readers, options.like, options.map, options.exclude)
         newest = readers[-1]
-        everything = {name: spec for reader in readers for name, spec in reader.tensors.items()}
+        everything = {name: s for r in readers for name, s in r.tensors.items() if _wanted(s, options)}
         _check_patterns(everything, options)
-        excluded = tuple(n for n in everything if any(fnmatchcase(n, p) for p in options.exclude))
+        excluded = converting.left_out(newest)
+        if options.like is None:
+            excluded = tuple(n for n in everything if any(fnmatchcase(n, p) for p in options.exclude))
         unwanted = set(excluded)
-        tensors = {name: spec for name, spec in newest.tensors.items() if name not in unwanted}
-        _check_same(readers, tensors, excluded)
+        tensors = {n: s for n, s in newest.tensors.items() if n in everything and n not in unwanted}
+        _check_same(readers, {n: s for n, s in tensors.items() if s.role in _COMPARED}, excluded)
         policies = {name: _policy(spec, options.copy, newest.path) for name, spec in tensors.items()}
         outputs = {name: _output_spec(spec, policies[name], options.dtype) for name, spec in tensors.items()}
-        layout = formats.plan_layout(outputs, newest)
+        to = options.to or ("hf" if options.like is not None else None)
+        # a converted checkpoint's files are not its source's
+        layout = formats.plan_layout(outputs, newest if options.like is None else None, to)
         blocks = Blocks(layout, tensors, policies)
         tile_bytes = tile_bytes_within(options.memory_bytes, options.threads, merges=1)
         beside = _beside(newest, options.dtype)
@@ -199,8 +226,13 @@ def plan(
 
 
 def parameter_count(tensors: Mapping[str, TensorSpec]) -> int:
-    """Elements of all floating tensors."""
-    return sum(s.element_count for s in tensors.values() if s.dtype.kind not in ("integer", "boolean"))
+    """Elements of all floating tensors of the model itself."""
+    floating = [s for s in tensors.values() if s.dtype.kind not in ("integer", "boolean")]
+    return sum(s.element_count for s in floating if s.role in (Role.PARAMETER, Role.BUFFER))
+
+
+def _wanted(spec: TensorSpec, options: MergeOptions) -> bool:
+    return options.with_optimizer or spec.role in (Role.PARAMETER, Role.BUFFER, Role.OPAQUE)
 
 
 def is_mixture_of_experts(tensors: Mapping[str, TensorSpec]) -> bool:
@@ -236,12 +268,19 @@ def _check_patterns(everything: Mapping[str, TensorSpec], options: MergeOptions)
     """A pattern that matches nothing is a mistake, and so is to leave everything out."""
     if not everything:
         raise InputError("the checkpoints hold no tensor")
-    for flag, patterns in (("--exclude", options.exclude), ("--copy", options.copy)):
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in everything):
-                raise UsageError(f"{flag} {pattern!r} matches no tensor")
+    _check_match("--copy", options.copy, everything)
+    if options.like is not None:  # left out before they were converted
+        return
+    _check_match("--exclude", options.exclude, everything)
     if all(any(fnmatchcase(name, pattern) for pattern in options.exclude) for name in everything):
         raise UsageError("--exclude leaves no tensor to merge")
+
+
+def _check_match(flag: str, patterns: Sequence[str], names: Iterable[str]) -> None:
+    known = list(names)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in known):
+            raise UsageError(f"{flag} {pattern!r} matches no tensor")
 
 
 def _check_same(
@@ -256,7 +295,10 @@ def _check_same(
                 "out, "
                 "or the tensor with --exclude"
             )
-        for name in sorted(reader.tensors.keys() - tensors.keys() - set(excluded)):
+        weights = {
+            name for name, spec in reader.tensors.items() if spec.role in (Role.PARAMETER, Role.BUFFER)
+        }
+        for name in sorted(weights - tensors.keys() - set(excluded)):
             raise MismatchError(
                 f"{printable(name)} is in {reader.path} but missing in {newest.path}, the newest; leave that "
                 "checkpoint out, or the tensor with --exclude"
@@ -277,7 +319,7 @@ def _check_same(
 
 
 def _policy(spec: TensorSpec, copy: Sequence[str], path: Path) -> Policy:
-    if any(fnmatchcase(spec.name, pattern) for pattern in copy):
+    if spec.role not in _COMPARED or any(fnmatchcase(spec.name, pattern) for pattern in copy):
         return Policy.COPY_NEWEST
     if spec.dtype.kind == "quantised":
         raise InputError(

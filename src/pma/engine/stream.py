@@ -4,6 +4,7 @@ in one go, for one merge or for several that share their reads.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from pma.engine.blocks import Block
 from pma.engine.stopping import StopFlag
 from pma.engine.work import Work
 from pma.errors import Interrupted
-from pma.formats.contracts import PartWriter
+from pma.formats.contracts import CheckpointReader, PartWriter
 
 Digests = dict[tuple[str, int], str]  # (file, chunk number) -> BLAKE3 of that chunk
 Progress = Callable[[int, int], None]  # (bytes read, bytes written) since the last call
@@ -57,14 +58,40 @@ def stream(
     queue = iter(range(len(work.blocks)) if numbers is None else numbers)
     stop = stop or StopFlag()
     task = _Task(work, outputs, queue, stop, progress)
+    _forget_what_does_not_fit(work.readers)
+    pool = ThreadPoolExecutor(work.threads)
     try:
-        with ThreadPoolExecutor(work.threads) as pool:
-            try:
-                _wait([pool.submit(task.run) for _ in range(work.threads)])
-            finally:
-                stop.set()
+        try:
+            _wait([pool.submit(task.run) for _ in range(work.threads)])
+        finally:
+            stop.set()
+            _join(pool)
     except KeyboardInterrupt:
         raise Interrupted("interrupted while merging") from None
+
+
+def _join(pool: ThreadPoolExecutor) -> None:
+    """Wait for the workers, however often we are interrupted: they write into files that are closed next."""
+    try:
+        pool.shutdown()
+    except KeyboardInterrupt:
+        _join(pool)
+        raise
+
+
+def _forget_what_does_not_fit(readers: Sequence[CheckpointReader]) -> None:
+    """Have sources larger than the memory leave the system's cache as they are read.
+
+    They would not stay there until they are wanted again, and would drive out what others on the node use.
+    """
+    sizes = {reader.path: sum(file.size_bytes for file in reader.identities()) for reader in readers}
+    larger = sum(sizes.values()) > _physical_memory_bytes()
+    for reader in readers:
+        reader.forget_after_reading = larger
+
+
+def _physical_memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _wait(workers: Sequence[Future[None]]) -> None:

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
-from pma.engine.commit import Merge, check_room, write_all
+from pma.engine.blocks import Policy
+from pma.engine.commit import How, Merge, check_room, write_all
 from pma.engine.memory import average_all
 from pma.engine.memory_budget import merges_within
 from pma.engine.plan import Plan
@@ -49,8 +50,8 @@ def bytes_to_read_by(plans: Sequence[Plan], *, in_memory: bool) -> int:
     for numbers in passes(plans, in_memory=in_memory):
         together = [plans[number] for number in numbers]
         sources = {reader.path for plan in together for reader in plan.readers}
-        largest = max(together, key=lambda plan: plan.bytes_to_read)
-        total += largest.bytes_to_read // len(largest.readers) * len(sources)
+        averaged, copied = (together[0].bytes_of(p) for p in (Policy.AVERAGE, Policy.COPY_NEWEST))
+        total += averaged * len(sources) + copied * len(together)
     return total
 
 
@@ -67,7 +68,7 @@ def sweep_in_memory(
             use(number, results.pop(0))
 
 
-def sweep_to_folders(targets: Sequence[tuple[Plan, Path]], **how: Any) -> list[Merge]:
+def sweep_to_folders(targets: Sequence[tuple[Plan, Path]], **how: Unpack[How]) -> list[Merge]:
     """Write every plan to its new folder, in the order given; `how` as in `engine.write`. An interrupted
     sweep goes on.
     """

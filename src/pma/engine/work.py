@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,10 +61,6 @@ def shared_work(plans: Sequence[Plan]) -> Work:
     order = _order(plans, list(readers))
     first = plans[0]
     options = first.options
-    # then nothing stays in the system's cache until it is wanted again, and it drives out all the rest
-    larger = len(readers) * first.bytes_to_read // len(first.readers) > _physical_memory_bytes()
-    for reader in readers.values():
-        reader.forget_after_reading = larger
     return Work(
         readers=[readers[path] for path in order],
         recipes=[_recipe([order.index(r.path) for r in plan.readers], plan.weights) for plan in plans],
@@ -88,10 +83,6 @@ def alike(one: Plan, other: Plan) -> bool:
     """Whether two plans are cut into the same blocks and treat each tensor alike."""
     same_layout = one.layout == other.layout and one.policies == other.policies
     return same_layout and one.tensors == other.tensors and _how(one) == _how(other)
-
-
-def _physical_memory_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _how(plan: Plan) -> tuple[int, int, bool]:

@@ -46,10 +46,6 @@ class CheckpointReader(Protocol):
     forget_after_reading: bool
 
     @property
-    def meta(self) -> CheckpointMeta:
-        """What the checkpoint's own records say of step, tokens and learning rate."""
-
-    @property
     def tensors(self) -> Mapping[str, TensorSpec]:
         """Every stored tensor, in the order of the format."""
 

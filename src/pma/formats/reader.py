@@ -14,7 +14,7 @@ from pma.formats.contracts import ReadRequest
 from pma.formats.files import coalesced
 from pma.formats.folder import LocalFolder
 from pma.formats.runs import Runs, runs_of
-from pma.types import Box, CheckpointMeta, FileIdentity, Fragment, TensorSpec
+from pma.types import Box, FileIdentity, Fragment, TensorSpec
 
 
 class FileReader:
@@ -41,10 +41,6 @@ class FileReader:
     def fragments(self, name: str) -> tuple[Fragment, ...]:
         """How tensor `name` lies on disk: fragments that cover each of its elements exactly once."""
         raise NotImplementedError("a subclass tells")
-
-    @property
-    def meta(self) -> CheckpointMeta:
-        return CheckpointMeta()
 
     @property
     def forget_after_reading(self) -> bool:

@@ -62,24 +62,13 @@ class SafetensorsReader(FileReader):
             _check_index(path, weight_map, self._file_of)
 
     @cached_property
-    def meta(self) -> CheckpointMeta:
-        return read_meta(self.path)
-
-    @cached_property
     def tensors(self) -> Mapping[str, TensorSpec]:
         return {name: spec for header in self._headers.values() for name, spec in header.tensors.items()}
 
     def fragments(self, name: str) -> tuple[Fragment, ...]:
         file = self._file_of[name]
         header = self._headers[file]
-        fragment = Fragment(
-            tensor=name,
-            file=file,
-            offset_bytes=header.offsets_bytes[name],
-            length_bytes=header.tensors[name].length_bytes,
-            flat_start=0,
-        )
-        return (fragment,)
+        return (Fragment.whole(header.tensors[name], file, header.offsets_bytes[name]),)
 
 
 def read_meta(path: Path) -> CheckpointMeta:
@@ -186,15 +175,7 @@ def _output_file(file: str, inside: list[TensorSpec]) -> OutputFile:
     header = encode_header(inside, {"format": "pt"})
     fragments, offset = [], len(header)
     for spec in inside:
-        fragments.append(
-            Fragment(
-                tensor=spec.name,
-                file=file,
-                offset_bytes=offset,
-                length_bytes=spec.length_bytes,
-                flat_start=0,
-            )
-        )
+        fragments.append(Fragment.whole(spec, file, offset))
         offset += spec.length_bytes
     return OutputFile(name=file, size_bytes=offset, constants=((0, header),), fragments=tuple(fragments))
 

@@ -65,7 +65,7 @@ class Store:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._connection: sqlite3.Connection | None = None
         self._has_table = False
         if self._was_written():
@@ -118,11 +118,11 @@ class Store:
 
     def _was_written(self) -> bool:
         try:
-            return self._path.stat().st_size > 0  # an empty file is a database without tables
+            return self.path.stat().st_size > 0  # an empty file is a database without tables
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError as error:
-            raise _cannot_be_used(self._path, str(error)) from error
+            raise _cannot_be_used(self.path, str(error)) from error
 
     def _select(self, where: str, values: tuple[str, ...]) -> list[Row]:
         if not self._was_written():
@@ -133,15 +133,15 @@ class Store:
                 columns = "merge_key, evaluation_key, merge, result, made_at"
                 query = f"SELECT {columns} FROM evaluations {where} ORDER BY rowid"
                 found = connection.execute(query, values).fetchall()
-        return [_row(self._path, values) for values in found]
+        return [_row(self.path, values) for values in found]
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """A transaction that writes, with folder, file and table made where they are missing."""
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _cannot_be_used(self._path, str(error)) from error
+            raise _cannot_be_used(self.path, str(error)) from error
         with self._transaction("IMMEDIATE") as connection:
             if not self._has_table:
                 connection.execute(_TABLE)
@@ -160,18 +160,18 @@ class Store:
         try:
             if self._connection is None:
                 # absolute, or a file called ":memory:" would be no file
-                path = self._path.absolute()
+                path = self.path.absolute()
                 self._connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
                 _configure(self._connection)
             self._connection.execute(f"BEGIN {kind}")
             if not self._has_table:
-                self._has_table = _has_table(self._connection, self._path)
+                self._has_table = _has_table(self._connection, self.path)
             yield self._connection
             self._connection.execute("COMMIT")
         except BaseException as error:
             self.close()  # which rolls back
             if isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.ProgrammingError):
-                raise _explained(self._path, error) from error
+                raise _explained(self.path, error) from error
             raise
 
 

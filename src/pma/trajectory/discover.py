@@ -4,8 +4,9 @@ surviving lineage.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +70,21 @@ class Trajectory:
         return self.points[-1].meta.log if self.points else TrainingLog()
 
 
-def discover(roots: Sequence[Path]) -> Trajectory:
+def discover(roots: Sequence[Path], pattern: str | None = None) -> Trajectory:
     """List the checkpoints below `roots` (scratch and archive, say) as one trajectory.
+
+    `pattern`: a regular expression that the names of checkpoints match whole, for trainers whose names we do
+    not know; a group `step` says their step where no record does.
 
     Raises InputError where a root is missing, is a file, or holds no checkpoint.
     """
     found: list[tuple[Path, CheckpointMeta]] = []
     left_out: list[tuple[Path, str]] = []
     for root in roots:
-        for path in _checkpoint_folders(root):
+        for path, named in _checkpoints(root, _compiled(pattern)):
             meta = _meta(path)
-            named = formats.named_step(path.name)
+            if pattern is not None and meta.step is None:
+                meta = replace(meta, step=named)
             if meta.incomplete:
                 left_out.append((path, f"incomplete: {meta.incomplete}"))
             elif meta.step is None:
@@ -96,15 +101,15 @@ def discover(roots: Sequence[Path]) -> Trajectory:
     return Trajectory(points=_points(kept), left_out=tuple(left_out + dropped))
 
 
-def resolve(paths: Sequence[Path], *, as_given: bool = False) -> Trajectory:
+def resolve(paths: Sequence[Path], *, as_given: bool = False, pattern: str | None = None) -> Trajectory:
     """What the command line names: either runs (folders of checkpoints) or checkpoints, one by one."""
-    named = [path for path in paths if is_checkpoint(path)]
+    named = [path for path in paths if is_checkpoint(path)] if pattern is None else []
     if not named:
         if as_given:
             raise UsageError(
                 "--as-given orders checkpoints as they are named; name them one by one instead of a run"
             )
-        return discover(paths)
+        return discover(paths, pattern)
     if len(named) < len(paths):
         other = next(path for path in paths if path not in named)
         if not other.exists() or not any(other.iterdir() if other.is_dir() else ()):
@@ -178,23 +183,41 @@ def _points(found: Sequence[tuple[Path, CheckpointMeta]]) -> tuple[TrajectoryPoi
     return tuple(points)
 
 
-def _checkpoint_folders(root: Path) -> Iterator[Path]:
+def _compiled(pattern: str | None) -> re.Pattern[str] | None:
+    try:
+        return None if pattern is None else re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"--pattern {pattern!r} is not a regular expression: {error}") from None
+
+
+def _checkpoints(root: Path, pattern: re.Pattern[str] | None) -> Iterator[tuple[Path, int | None]]:
+    """The checkpoints of a run, and the step that the name of each says."""
     if not root.exists():
         raise InputError(f"{root} does not exist; expected a run: a folder with checkpoint-N folders in it")
     if not root.is_dir():
         raise InputError(f"{root} is a file; expected a run: a folder with checkpoint-N folders in it")
-    # a folder named like a checkpoint is one even before it holds anything: it is being written
-    checkpoints = _named_checkpoints(root)
+    if pattern is not None:
+        matches = [(path, pattern.fullmatch(path.name)) for path in sorted(root.iterdir())]
+        found = [(path, _step_in(match)) for path, match in matches if match is not None]
+    else:
+        # a folder named like a checkpoint is one even before it holds anything: it is being written
+        found = [(path, formats.named_step(path.name)) for path in _named_checkpoints(root)]
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not checkpoints:
-        checkpoints = [path for path in folders if formats.is_checkpoint(path)]
-    if not checkpoints:
+    if not found and pattern is None:
+        found = [(path, None) for path in folders if formats.is_checkpoint(path)]
+    if not found:
         inside = ", ".join(path.name for path in folders[:5]) or "no folder at all"
+        looked_for = f"names that match {pattern.pattern!r}" if pattern else "checkpoint-N, step-N and so on"
         raise InputError(
-            f"{root} holds no checkpoint: looked for folders named checkpoint-N, found {inside}. "
-            "Give the folder that your trainer saves into, or name checkpoints one by one"
+            f"{root} holds no checkpoint: looked for {looked_for}, found {inside}. Give the folder that your "
+            "trainer saves into, name checkpoints one by one, or say how they are named with --pattern"
         )
-    yield from checkpoints
+    yield from found
+
+
+def _step_in(match: re.Match[str]) -> int | None:
+    text = match.groupdict().get("step")
+    return int(text) if text is not None and text.isdecimal() and len(text) < 19 else None
 
 
 def _meta(path: Path) -> CheckpointMeta:
