@@ -323,9 +323,11 @@ FLAGS = {
     "--out --pattern --preset --scheme --sha256 --threads --to --weights --with-optimizer",
     "sweep": "--allow-mixed-phases --allow-nonfinite --at --break-lock --cloze --context --copy --dtype "
     "--every "
-    "--exclude --fresh --json --last --memory --scheme --store --text --threads --write",
+    "--exclude --fresh --json --last --limit --memory --scheme --store --tasks --text --threads --weights "
+    "--write",
     "verify": "--full --json --samples",
-    "eval": "--annealed --at --cloze --context --every --json --last --merge --preset --scheme --text",
+    "eval": "--annealed --at --cloze --context --every --json --last --limit --merge --preset --scheme "
+    "--tasks --text --weights",
     "report": "--json --out",
     "pretrain": "--anneal --fork-from --json --learning-rate --out --seed --text --tokens",
 }

@@ -18,7 +18,7 @@ from pma.cli import app
 from pma.engine import MergeOptions
 from pma.errors import UsageError
 
-from .test_logits import FAMILIES, TOKENS, assert_same_logits, source, template
+from .models import FAMILIES, TOKENS, assert_same_logits, source, template
 from .trainers import (
     megatron_logits,
     megatron_shapes,

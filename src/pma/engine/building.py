@@ -103,7 +103,7 @@ class Building:
         self._part.sync()
         plan = self.plan
         provenance.check_unchanged(plan)
-        beside = plan.options.like or plan.sources[-1].point.path
+        beside = plan.options.like or plan.sources[-1].point.folder
         self._writer.finish()
         for name, data in plan.side_files.items():
             self._writer.write_bytes(name, data)

@@ -25,7 +25,15 @@ __all__ = [
 ]
 
 _ALSO_NAMED = {"hf": "safetensors"}
-_BUILT_IN = ("pma.formats.safetensors",)
+# in the order in which they are asked: folders of most have lone .pt files beside
+_BUILT_IN = (
+    "pma.formats.safetensors",
+    "pma.formats.megatron",
+    "pma.formats.dcp",
+    "pma.formats.deepspeed",
+    "pma.formats.deepspeed_universal",
+    "pma.formats.torch_files",
+)
 
 
 def _formats() -> Iterator[FormatModule]:
@@ -84,10 +92,14 @@ def plan_layout(
 ) -> Layout:
     """Where an output's tensors go, in the format named `to`, or in that of `like`. Raises UsageError for a
     name that no format has.
+
+    `like` tells more of the output where it is of the same format, or of one that the output's names in
+    `LIKE`.
     """
     wanted = _ALSO_NAMED.get(to, to) if to is not None else like.format if like is not None else None
     module = next((module for module in _formats() if wanted == module.FORMAT), None)
     if module is None:
         known = sorted({module.FORMAT for module in _formats()} | _ALSO_NAMED.keys())
         raise UsageError(f"--to {wanted}: there are {', '.join(known)}")
-    return module.plan_layout(tensors, like if like is not None and like.format == wanted else None)
+    understood = getattr(module, "LIKE", (module.FORMAT,))
+    return module.plan_layout(tensors, like if like is not None and like.format in understood else None)

@@ -13,7 +13,8 @@ import torch
 
 from pma.errors import MismatchError
 
-from .test_logits import TOKENS, Sizes, assert_same_logits, converted_logits, source, template
+from ..conversion.models import TOKENS, assert_same_logits, converted_logits, source, template
+from ..conversion.trainers import Sizes
 
 pytest.importorskip("torchtitan", reason="torchtitan is not installed")
 
