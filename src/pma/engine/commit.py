@@ -67,7 +67,7 @@ def check_output(plan: Plan, out: Path, *, inside_run: bool = False) -> tuple[st
     name.
     """
     refuse_existing(out)
-    target = Path(os.path.realpath(out))
+    target = out.resolve()
     for folder in _as_named_and_as_resolved(plan):
         run = folder.parent
         inside_checkpoint = folder == target or folder in target.parents
@@ -116,8 +116,7 @@ def _as_named_and_as_resolved(plan: Plan) -> set[Path]:
     leads.
     """
     paths = [source.point.path for source in plan.sources]
-    named = {Path(os.path.realpath(path.parent)) / path.name for path in paths}
-    return named | {Path(os.path.realpath(path)) for path in paths}
+    return {path.parent.resolve() / path.name for path in paths} | {path.resolve() for path in paths}
 
 
 def _is_run(folder: Path) -> bool:

@@ -12,6 +12,9 @@ from pma.quantities import bytes_text
 DEFAULT_MEMORY_BYTES = 384 * 2**20
 LARGEST_TILE_BYTES = 2**19
 _SMALLEST_TILE_BYTES = 2**16
+#: what is read ahead of its use from stores, and how many requests for it are under way at once
+READ_AHEAD_BYTES = 128 * 2**20
+IN_FLIGHT = 16
 # interpreter, numpy and the compiler behind the arithmetic; measured, see benchmarks/README.md
 _BASE_MEMORY_BYTES = 190 * 2**20
 _NAME_BYTES = 256

@@ -46,6 +46,10 @@ class CheckpointReader(Protocol):
     forget_after_reading: bool
 
     @property
+    def is_remote(self) -> bool:
+        """Whether each read waits for a store, so that many should be under way at once."""
+
+    @property
     def tensors(self) -> Mapping[str, TensorSpec]:
         """Every stored tensor, in the order of the format."""
 
