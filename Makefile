@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= demo
 
-.PHONY: help demo demo-moe test torture check bench clean
+.PHONY: help demo demo-moe test test-frameworks torture check bench clean
 
 help:
 	@echo "make demo    the whole story: pre-train, merge, anneal, evaluate, report (about two minutes on two cores)"
 	@echo "make test    all tests (under five minutes on two cores)"
+	@echo "make test-frameworks  tests with DeepSpeed, Lightning, Megatron-core and OLMo-core, in an environment of its own"
 	@echo "make torture a thousand kills, and power lost at every moment"
 	@echo "make check   lint, format, types, import contract, README commands"
 	@echo "make bench   merge speed beside plain reads and writes, a torch loop, and mergekit (15 GB of disk)"
@@ -27,7 +28,18 @@ demo-moe: .venv/.installed
 
 # one torch thread: tiny models gain nothing from more, and spinning threads on a busy machine cost minutes
 test: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest --ignore tests/torture
+	OMP_NUM_THREADS=1 $(BIN)/pytest --ignore tests/torture --ignore tests/heavy
+
+# trainers whose checkpoints are read: an environment on top of the other, which stays without them
+.venv-frameworks/.installed: .venv/.installed tests/heavy/frameworks.txt
+	$(PYTHON) -m venv --clear .venv-frameworks
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> $$(.venv-frameworks/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/tests.pth
+	.venv-frameworks/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/heavy/frameworks.txt
+	touch $@
+
+test-frameworks: .venv-frameworks/.installed
+	OMP_NUM_THREADS=1 .venv-frameworks/bin/python -m pytest tests/heavy
 
 # kills, lost power and failing storage; TIMES=1 is what CI runs
 TIMES ?= 10
@@ -43,6 +55,7 @@ check: .venv/.installed
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/merge_speed.py
+	$(BIN)/python benchmarks/format_speed.py
 
 clean:
-	rm -rf .venv demo demo-moe benchmarks/.mergekit-venv
+	rm -rf .venv .venv-frameworks demo demo-moe benchmarks/.mergekit-venv

@@ -54,9 +54,13 @@ class Bench:
         return roofline(self.checkpoints, out, self.threads)
 
     def ours(self, out: Path) -> Times:
-        command = [sys.executable, "-m", "pma", "merge", str(self.run), "-o", str(out)]
-        command += ["--last", str(len(self.checkpoints)), "--threads", str(self.threads), "--json"]
-        times, printed = self._whole_command(command, out)
+        return self.merged([str(self.run), "--last", str(len(self.checkpoints))], out)
+
+    def merged(self, chosen: list[str], out: Path) -> Times:
+        """`pma merge` of what the arguments choose."""
+        command = [sys.executable, "-m", "pma", "merge", *chosen, "-o", str(out)]
+        command += ["--threads", str(self.threads), "--json"]
+        times, printed = self.whole_command(command, out)
         told = json.loads(printed)
         keys = ("seconds", "stream_seconds", "durable_seconds")
         times |= {f"own_{key}": told[key] for key in keys if key in told}
@@ -66,13 +70,13 @@ class Bench:
 
     def naive(self, out: Path) -> Times:
         command = [sys.executable, str(HERE / "peers.py"), "naive", str(self.run), str(out)]
-        return self._whole_command(command, out)[0]
+        return self.whole_command(command, out)[0]
 
     def mergekit(self, out: Path) -> Times:
         command = peers.mergekit_command(self.checkpoints, self.scratch / "mergekit.yml", out)
-        return self._whole_command(command, out)[0]
+        return self.whole_command(command, out)[0]
 
-    def _whole_command(self, command: list[str], out: Path) -> tuple[Times, str]:
+    def whole_command(self, command: list[str], out: Path) -> tuple[Times, str]:
         """A command's wall time, with and without a sync of its output, its peak memory, its stdout."""
         log = self.scratch / "stderr"
         environment = os.environ | peers.OFFLINE | {"HF_HOME": str(self.scratch / "huggingface")}
@@ -100,9 +104,9 @@ def sync_files(folder: Path) -> None:
         os.close(descriptor)
 
 
-def make_checkpoints(scratch: Path, wanted: int, mib: int) -> list[Path]:
+def make_checkpoints(scratch: Path, wanted: int, mib: int, copies: int = 1) -> list[Path]:
     """As many checkpoints as were asked for, or as there is room for, and says so."""
-    room = shutil.disk_usage(scratch).free // (mib * MIB) - SPARE_CHECKPOINTS
+    room = shutil.disk_usage(scratch).free // (copies * mib * MIB) - SPARE_CHECKPOINTS
     count = min(wanted, room)
     if count < FEWEST_CHECKPOINTS:
         raise SystemExit(f"{scratch} has no room for {FEWEST_CHECKPOINTS + SPARE_CHECKPOINTS} x {mib} MiB")
@@ -188,9 +192,10 @@ def measure(bench: Bench, cache: str, rounds: int, with_mergekit: bool) -> dict[
     return measured
 
 
-def parsed() -> argparse.Namespace:
+def parsed(description: str | None) -> argparse.Namespace:
+    """The arguments of a benchmark."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoints", type=int, default=10)
     parser.add_argument("--mib", type=int, default=1024, help="size of one checkpoint")
@@ -203,7 +208,7 @@ def parsed() -> argparse.Namespace:
 
 
 def main() -> None:
-    arguments = parsed()
+    arguments = parsed(__doc__)
     with_mergekit = not arguments.skip_mergekit
     versions = peers.install_mergekit() if with_mergekit else None
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="merge-speed-") as folder:

@@ -1,6 +1,7 @@
 """What the merge is compared with: the loop one would write in torch, and mergekit in its own environment.
 
 python benchmarks/peers.py naive RUN OUT
+python benchmarks/peers.py naive-dcp RUN OUT
 python benchmarks/peers.py compare OUT OTHER
 """
 
@@ -22,9 +23,9 @@ CONSTRAINTS = HERE / "mergekit-constraints.txt"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
-def in_order(run: Path) -> list[Path]:
+def in_order(run: Path, pattern: str = "checkpoint-*") -> list[Path]:
     """The run's checkpoints, oldest first."""
-    return sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    return sorted(run.glob(pattern), key=lambda path: int(path.name.split("-")[1]))
 
 
 def naive(run: Path, out: Path) -> None:
@@ -46,6 +47,23 @@ def naive(run: Path, out: Path) -> None:
         save_file(averaged, out / shard.name, metadata={"format": "pt"})
     for name in ("model.safetensors.index.json", "config.json"):
         shutil.copy2(checkpoints[-1] / name, out / name)
+
+
+def naive_dcp(run: Path, out: Path) -> None:
+    """Average a run of distributed checkpoints: each loaded into a full state dict."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    checkpoints = in_order(run, "step-*")
+    metadata = dcp.FileSystemReader(checkpoints[0]).read_metadata().state_dict_metadata
+    total: dict[str, torch.Tensor] = {}
+    for checkpoint in checkpoints:
+        state = {name: torch.empty(m.size, dtype=m.properties.dtype) for name, m in metadata.items()}
+        dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+        for name, tensor in state.items():
+            total[name] = total[name] + tensor.float() if name in total else tensor.float()
+    averaged = {name: (value / len(checkpoints)).bfloat16() for name, value in total.items()}
+    dcp.save(averaged, checkpoint_id=out, no_dist=True)
 
 
 def install_mergekit() -> dict[str, str]:
@@ -111,6 +129,8 @@ def main() -> None:
     verb, one, other = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     if verb == "naive":
         naive(one, other)
+    elif verb == "naive-dcp":
+        naive_dcp(one, other)
     else:
         print(json.dumps(compare(one, other)))
 

@@ -16,11 +16,12 @@ from pathlib import Path
 
 REQUEST_BYTES = 2**19  # what the merge asks of the system in one call
 BLOCK_BYTES = 4 * 2**20  # what a thread of the merge takes at once
+_WEIGHTS = (".safetensors", ".distcp", ".bin")
 
 
 def weight_files(checkpoint: Path) -> list[Path]:
     """The files that hold a checkpoint's tensors."""
-    return sorted(checkpoint.glob("*.safetensors"))
+    return sorted(file for file in checkpoint.iterdir() if file.suffix in _WEIGHTS)
 
 
 def roofline(checkpoints: list[Path], out: Path, threads: int) -> dict[str, float]:

@@ -112,6 +112,17 @@ class Fragment:
     flat_start: int | None = None
     box: Box | None = None
 
+    @classmethod
+    def whole(cls, spec: TensorSpec, file: str, offset_bytes: int) -> Fragment:
+        """All of a tensor in one piece."""
+        return cls(
+            tensor=spec.name,
+            file=file,
+            offset_bytes=offset_bytes,
+            length_bytes=spec.length_bytes,
+            flat_start=0,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class FileIdentity:

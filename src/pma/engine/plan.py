@@ -21,6 +21,7 @@ from pma.engine.memory_budget import DEFAULT_MEMORY_BYTES, peak_memory_bytes, ti
 from pma.errors import InputError, MismatchError, UsageError, printable
 from pma.formats.contracts import CheckpointReader
 from pma.formats.strict_json import parse_object
+from pma.remote import each_at_once
 from pma.trajectory import TrajectoryPoint
 from pma.types import DType, FileIdentity, Layout, Role, TensorSpec
 
@@ -168,13 +169,12 @@ def plan(
     options = options or MergeOptions()
     weights = _weights(points, options, as_given=as_given)
     with ExitStack() as on_error:
-        readers = []
         opened = {} if opened is None else opened
-        for point in points:
-            if point.path not in opened:
-                opened[point.path] = formats.open_checkpoint(point.path)
-                on_error.callback(opened[point.path].close)
-            readers.append(opened[point.path])
+        missing = [path for path in dict.fromkeys(point.path for point in points) if path not in opened]
+        for path, reader in zip(missing, each_at_once(formats.open_checkpoint, missing), strict=True):
+            opened[path] = reader
+            on_error.callback(reader.close)
+        readers = [opened[point.path] for point in points]
         newest = readers[-1]
         everything = {name: s for r in readers for name, s in r.tensors.items() if _wanted(s, options)}
         _check_patterns(everything, options)

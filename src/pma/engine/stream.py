@@ -61,14 +61,25 @@ def stream(
     missing = _Missing(work, outputs, queue)
     ahead = ReadAhead(work, iter(missing), missing.recipes, stop)
     task = _Task(work, outputs, missing, ahead, stop, progress)
+    pool = ThreadPoolExecutor(work.threads)
     try:
-        with ahead, ThreadPoolExecutor(work.threads) as pool:
+        with ahead:
             try:
                 _wait([pool.submit(task.run) for _ in range(work.threads)])
             finally:
                 stop.set()
+                _join(pool)
     except KeyboardInterrupt:
         raise Interrupted("interrupted while merging") from None
+
+
+def _join(pool: ThreadPoolExecutor) -> None:
+    """Wait for the workers, however often we are interrupted: they write into files that are closed next."""
+    try:
+        pool.shutdown()
+    except KeyboardInterrupt:
+        _join(pool)
+        raise
 
 
 def _forget_what_does_not_fit(readers: Sequence[CheckpointReader]) -> None:

@@ -18,6 +18,8 @@ from pma.types import Box, CheckpointMeta, FileIdentity, Fragment, Layout, Tenso
 
 #: how the name of a folder ends whose output is not finished; nothing in it counts as a checkpoint
 UNFINISHED_SUFFIX = ".pma-partial"
+#: in a store, where nothing can be renamed: lies in an output until its `pma.json` is there
+UNFINISHED_FILE = ".pma-unfinished"
 
 
 @dataclass(frozen=True, kw_only=True)

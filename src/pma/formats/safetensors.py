@@ -69,14 +69,7 @@ class SafetensorsReader(FileReader):
     def fragments(self, name: str) -> tuple[Fragment, ...]:
         file = self._file_of[name]
         header = self._headers[file]
-        fragment = Fragment(
-            tensor=name,
-            file=file,
-            offset_bytes=header.offsets_bytes[name],
-            length_bytes=header.tensors[name].length_bytes,
-            flat_start=0,
-        )
-        return (fragment,)
+        return (Fragment.whole(header.tensors[name], file, header.offsets_bytes[name]),)
 
 
 def read_meta(path: Path) -> CheckpointMeta:
@@ -183,15 +176,7 @@ def _output_file(file: str, inside: list[TensorSpec]) -> OutputFile:
     header = encode_header(inside, {"format": "pt"})
     fragments, offset = [], len(header)
     for spec in inside:
-        fragments.append(
-            Fragment(
-                tensor=spec.name,
-                file=file,
-                offset_bytes=offset,
-                length_bytes=spec.length_bytes,
-                flat_start=0,
-            )
-        )
+        fragments.append(Fragment.whole(spec, file, offset))
         offset += spec.length_bytes
     return OutputFile(name=file, size_bytes=offset, constants=((0, header),), fragments=tuple(fragments))
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from pma.errors import InputError
+from pma.remote import RemotePath
 
 # configuration, tokenizer, generation settings, chat template, code (copied and listed, never imported)
 _PATTERNS = (
@@ -25,6 +29,18 @@ _PATTERNS = (
     "*.py",
 )
 _LARGEST_BYTES = 128 * 2**20
+
+
+@contextmanager
+def on_this_machine(source: Path) -> Iterator[Path]:
+    """A folder with the checkpoint's side files: itself, or for one in a store a copy while in the block."""
+    if not isinstance(source, RemotePath):
+        yield source
+        return
+    with TemporaryDirectory(prefix="pma-") as folder:
+        for name, data in read(source).items():
+            (Path(folder) / name).write_bytes(data)
+        yield Path(folder)
 
 
 def read(source: Path) -> dict[str, bytes]:
