@@ -320,10 +320,10 @@ FLAGS = {
     "--last --memory --pattern --preset --scheme --threads --weights --with-optimizer",
     "merge": "--allow-mixed-phases --allow-nonfinite --as-given --at --break-lock --copy --dtype --every "
     "--exclude --fresh --hash-sources --inside-run --json --last --measure-roofline --memory --out "
-    "--pattern --preset --scheme --sha256 --threads --weights --with-optimizer",
+    "--pattern --preset --scheme --sha256 --staging --threads --weights --with-optimizer",
     "sweep": "--allow-mixed-phases --allow-nonfinite --at --break-lock --cloze --context --copy --dtype "
     "--every "
-    "--exclude --fresh --json --last --memory --scheme --store --text --threads --write",
+    "--exclude --fresh --json --last --memory --scheme --staging --store --text --threads --write",
     "verify": "--full --json --samples",
     "eval": "--annealed --at --cloze --context --every --json --last --merge --preset --scheme --text",
     "report": "--json --out",

@@ -39,6 +39,17 @@ def location(text: str | Path) -> Path:
     return RemotePath(protocol, rest)
 
 
+def credentials_in(url: str) -> list[str]:
+    """The parts of a URL that nobody else should see, longest first."""
+    secrets = []
+    if user := _CREDENTIALS.match(url):
+        both = user[0].partition("://")[2].removesuffix("@")
+        secrets += [both, both.partition(":")[2]]
+    if _QUERY.match(url):
+        secrets.append(url.partition("?")[2])
+    return sorted(filter(None, secrets), key=len, reverse=True)
+
+
 def redacted(text: str) -> str:
     """`text` with the passwords and query strings of all URLs in it left out."""
     return _QUERY.sub(r"\g<url>", _CREDENTIALS.sub(r"\g<scheme>", text))

@@ -44,6 +44,9 @@ _NAMES = {
     "Timeout",
     "TransportError",
 }
+# nobody answered at all: rather a wrong address than a busy server
+_NOBODY = {"ClientConnectorError", "ConnectTimeoutError", "ConnectionRefusedError", "EndpointConnectionError"}
+_ATTEMPTS_AT_NOBODY = 3
 _FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
@@ -64,7 +67,11 @@ def is_transient(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _ERRNO
-    return any(kind.__name__ in _NAMES for kind in type(error).__mro__)
+    return bool(_names(error) & (_NAMES | _NOBODY))
+
+
+def _names(error: BaseException) -> set[str]:
+    return {kind.__name__ for kind in type(error).__mro__}
 
 
 def _status(error: BaseException) -> int | None:
@@ -94,11 +101,13 @@ def retried(action: Callable[[], T]) -> T:
     """What `action` returns; after a transient failure it is done again, a few times. Raises what it raised
     last.
     """
+    nobody = 0
     for seconds in waits():
         try:
             return action()
         except Exception as error:
-            if not is_transient(error):
+            nobody += bool(_names(error) & _NOBODY)
+            if not is_transient(error) or nobody == _ATTEMPTS_AT_NOBODY:
                 raise
         time.sleep(seconds)
     return action()

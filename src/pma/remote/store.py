@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from blake3 import blake3
 
 from pma.errors import IncompleteError, MissingExtra, StorageError, UsageError, printable
-from pma.remote.location import redacted
+from pma.remote.location import credentials_in, redacted
 from pma.remote.retrying import ShortRead, retried
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ T = TypeVar("T")
 # a command looks at the same folder several times in a row; what it must know exactly, it asks for anew
 _LISTING_SECONDS = 10.0
 _DRIVERS_IN_EXTRA = ("s3", "s3a", "gs", "gcs")
-_TAGS = ("ETag", "etag", "md5Hash", "blob_id", "crc32c", "mtime", "LastModified", "last_modified", "updated")
+_TAGS = ("ETag", "etag", "md5Hash", "blob_id", "crc32c")
 _TIMES = ("LastModified", "last_modified", "mtime", "updated", "modified", "created")
 # the driver holds whole parts in memory while they are sent; by default ten of 50 MiB
 _SENDING: Mapping[str, Mapping[str, int]] = {
@@ -55,6 +55,7 @@ class Store:
     def __init__(self, protocol: str, place: str) -> None:
         self.protocol = protocol
         self._place = place
+        self._secrets = credentials_in(f"{protocol}://{place}")
         self._listings: dict[str, tuple[float, Mapping[str, Entry]]] = {}
 
     def url(self, place: str) -> str:
@@ -72,10 +73,10 @@ class Store:
             if self.protocol in _DRIVERS_IN_EXTRA:
                 raise MissingExtra(f"{self.protocol}://", "remote", "its driver") from error
             raise UsageError(
-                f"{self.protocol}:// needs a driver that is not installed: {printable(redacted(str(error)))}"
+                f"{self.protocol}:// needs a driver that is not installed: {printable(self._shown(error))}"
             ) from error
         except ValueError as error:
-            raise UsageError(f"{self.url(self._place)}: {printable(redacted(str(error)))}") from error
+            raise UsageError(f"{self.url(self._place)}: {printable(self._shown(error))}") from error
 
     def _path(self, place: str) -> str:
         return str(self._driver._strip_protocol(f"{self.protocol}://{place}"))
@@ -88,10 +89,17 @@ class Store:
             raise
         except Exception as error:
             refused = " (access was refused: check the credentials)" if _is_refusal(error) else ""
-            text = printable(redacted(str(error))) or "no reason given"
+            text = printable(self._shown(error)) or "no reason given"
             raise StorageError(
                 f"{self.url(place)}: {doing} failed{refused}: {type(error).__name__}: {text}"
             ) from error
+
+    def _shown(self, error: BaseException) -> str:
+        """What a driver says, which may quote the URL it was given, or parts of it."""
+        text = redacted(str(error))
+        for secret in self._secrets:
+            text = text.replace(secret, "…")
+        return text
 
     def listing(self, place: str) -> Mapping[str, Entry]:
         """What lies directly in a folder, by name; nothing where there is no such folder."""
@@ -210,14 +218,13 @@ class Store:
 def _entry(found: Mapping[str, Any]) -> Entry:
     is_folder = found.get("type") == "directory"
     tag = next((found[name] for name in _TAGS if found.get(name) is not None), None)
-    if tag is None:
-        tag = next((found[name] for name in _TIMES if found.get(name) is not None), "")
+    time_ns = _time_ns(next((found[name] for name in _TIMES if found.get(name) is not None), None))
     size_bytes = found.get("size")
     return Entry(
         size_bytes=size_bytes if isinstance(size_bytes, int) and not is_folder else 0,
         is_folder=is_folder,
-        stamp=int.from_bytes(blake3(str(tag).encode()).digest()[:7], "big"),
-        mtime_ns=_time_ns(next((found[name] for name in _TIMES if found.get(name) is not None), None)),
+        stamp=int.from_bytes(blake3(str(tag or time_ns).encode()).digest()[:7], "big"),
+        mtime_ns=time_ns,
     )
 
 
