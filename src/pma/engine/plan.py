@@ -106,7 +106,8 @@ class Plan:
     def peak_memory_bytes(self) -> int:
         workers = min(self.options.threads, max(len(self.blocks), 1))
         names = sum(len(reader.tensors) for reader in self.readers)
-        return peak_memory_bytes(self.tile_bytes, workers, merges=1, names=names)
+        from_stores = any(reader.is_remote for reader in self.readers)
+        return peak_memory_bytes(self.tile_bytes, workers, merges=1, names=names, from_stores=from_stores)
 
     def partition(self, parts: int) -> list[range]:
         """The numbers of the blocks in `parts` runs of about equal bytes; several processes can each stream
