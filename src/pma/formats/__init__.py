@@ -27,6 +27,7 @@ __all__ = [
 _ALSO_NAMED = {"hf": "safetensors"}
 # in the order in which they are asked: folders of most have lone .pt files beside
 _BUILT_IN = (
+    "pma.formats.dcp_safetensors",
     "pma.formats.safetensors",
     "pma.formats.megatron",
     "pma.formats.dcp",
