@@ -6,6 +6,7 @@ into one reused buffer, and the block is written from it. Nothing is computed.
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 import time
@@ -61,7 +62,8 @@ def _stream(
     lock = threading.Lock()
 
     def work() -> None:
-        buffer = memoryview(bytearray(REQUEST_BYTES))
+        # begins where a page does: into a bytearray, 16 bytes later, the system copies at half the speed
+        buffer = memoryview(mmap.mmap(-1, REQUEST_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         while True:
             with lock:
                 block = next(blocks, None)

@@ -6,7 +6,7 @@ new.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from blake3 import blake3
 
-from pma import __version__, engine, trajectory
+from pma import engine, trajectory
 from pma.engine import MergeOptions, Plan
 from pma.errors import FormatError, UsageError, printable
-from pma.evaluation.text import Document
+from pma.evaluation.measures import TEXT, Measure, task_name
 from pma.formats.contracts import CheckpointReader
 from pma.quantities import Steps, Tokens, parse_distance
 from pma.remote import RemotePath
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from pma.evaluation.evaluate import Evaluation
 
+# an Evaluation or a TaskResult by the name of its measure
+Results = dict[str, Any]
 STORE_FILE = Path(".pma") / "results.sqlite"
 
 
@@ -198,57 +200,54 @@ def write(sweep: Sweep, folder: Path, **how: Unpack[engine.How]) -> list[tuple[C
 
 def evaluate(
     sweep: Sweep,
-    documents: Sequence[Document],
+    measures: Sequence[Measure],
     store: Store,
     *,
-    cloze: int = 400,
     context_tokens: int | None = None,
     announce: Callable[[str], None] = lambda text: None,
     begin: Callable[[Sequence[Plan]], None] = lambda plans: None,
-) -> tuple[dict[int, Evaluation], int]:
-    """Evaluations by plan, of every cell and of the raw checkpoints; and how many of them were in the store
-    already. `begin` hears once of the plans that are not.
+) -> tuple[dict[int, Results], int]:
+    """Results by plan, of every cell and of the raw checkpoints, each by the measure's name; and how many of
+    them were in the store already. `begin` hears once of the plans that lack any.
     """
-    from pma.evaluation.evaluate import evaluate as evaluate_one
     from pma.evaluation.model import load_scorer
 
-    key = evaluation_key(documents, cloze=cloze, context_tokens=context_tokens)
     store.prepare()
-    known = {place: store.get(merge, key) for place, merge in enumerate(sweep.keys)}
-    done = {place: _read_back(value, store) for place, value in known.items() if value is not None}
-    missing = [place for place, value in known.items() if value is None]
+    done: dict[int, Results] = {place: {} for place in range(len(sweep.plans))}
+    missing: dict[int, list[Measure]] = {}
+    for place, merge in enumerate(sweep.keys):
+        for measure in measures:
+            known = store.get(merge, measure.key)
+            if known is not None:
+                done[place][measure.name] = _read_back(measure, known, store)
+            else:
+                missing.setdefault(place, []).append(measure)
+    places = list(missing)
 
     def use(number: int, tensors: dict[str, Tensor]) -> None:
-        place = missing[number]
-        plan = sweep.plans[place]
-        announce(f"evaluating {number + 1} of {len(missing)}")
+        place = places[number]
+        plan, merge = sweep.plans[place], sweep.keys[place]
+        announce(f"evaluating {number + 1} of {len(places)}")
         scorer = load_scorer(tensors, plan.sources[-1].point.path, context_tokens=context_tokens)
-        done[place] = evaluate_one(sweep.keys[place][:12], scorer, documents, cloze=cloze)
-        store.put(sweep.keys[place], key, merge=_described(plan), result=done[place].to_json())
+        for measure in missing[place]:
+            found = done[place][measure.name] = measure.run(merge[:12], scorer)
+            store.put(merge, measure.key, merge=_described(plan), result=found.to_json())
 
-    begin([sweep.plans[place] for place in missing])
-    if missing:
-        engine.sweep_in_memory([sweep.plans[place] for place in missing], use)
-    return done, len(known) - len(missing)
+    begin([sweep.plans[place] for place in places])
+    if places:
+        engine.sweep_in_memory([sweep.plans[place] for place in places], use)
+    return done, len(sweep.plans) * len(measures) - sum(map(len, missing.values()))
 
 
-def _read_back(value: dict[str, Any], store: Store) -> Evaluation:
-    """An evaluation from the store, which is a file like any other."""
-    from pma.evaluation.evaluate import Evaluation
-
+def _read_back(measure: Measure, value: dict[str, Any], store: Store) -> Any:
+    """A result from the store, which is a file like any other."""
     try:
-        return Evaluation.from_json(value)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return measure.read(value)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(
             f"{store.path} holds an evaluation that cannot be read ({printable(repr(error))}); "
             "remove the file, and it is computed again"
         ) from error
-
-
-def evaluation_key(documents: Sequence[Document], *, cloze: int, context_tokens: int | None) -> str:
-    """Tells evaluations apart by content: the text, the settings, and who computed them."""
-    texts = [blake3(document.text.encode()).hexdigest() for document in documents]
-    return content_key({"texts": texts, "cloze": cloze, "context_tokens": context_tokens, "pma": __version__})
 
 
 def _described(plan: Plan) -> dict[str, Any]:
@@ -259,31 +258,71 @@ def _described(plan: Plan) -> dict[str, Any]:
     return {"scheme": plan.options.scheme, "sources": sources}
 
 
-def rows(sweep: Sweep, evaluations: dict[int, Evaluation]) -> list[dict[str, Any]]:
-    """One row for each cell, best first: what it is, its loss, and its gain over the raw checkpoint it ends
-    with.
-    """
-    from pma.evaluation.evaluate import loss_difference
+def rows(
+    sweep: Sweep, results: Mapping[int, Results], weights: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """One row for each cell, best first: what it is, and what was measured of it and of the raw checkpoint it
+    ends with: loss, bits per byte and cloze where there is a text; the scores on the tasks of `weights`, and
+    their mean.
 
+    Gains over the raw checkpoint are paired, and positive where the merge is better.
+    """
     made = []
     for cell in sweep.cells:
-        evaluation, raw = evaluations[cell.plan], evaluations[sweep.raw[cell.at]]
-        gain = loss_difference(raw, evaluation)
-        made.append(
-            {
-                "scheme": cell.scheme,
-                "last": cell.last,
-                "every": "-" if cell.every is None else str(cell.every),
-                "every_order": 0 if cell.every is None else cell.every.count,
-                "at": cell.at,
-                "steps": [source.point.step for source in sweep.plans[cell.plan].sources],
-                "loss": evaluation.loss.value,
-                "standard_error": evaluation.loss.standard_error,
-                "gain": gain.value,
-                "gain_standard_error": gain.standard_error,
-                "bits_per_byte": evaluation.bits_per_byte,
-                "cloze": evaluation.cloze_accuracy,
-                "merge_key": sweep.keys[cell.plan],
-            }
-        )
-    return sorted(made, key=lambda row: row["loss"])
+        own, raw = results[cell.plan], results[sweep.raw[cell.at]]
+        row = {
+            "scheme": cell.scheme,
+            "last": cell.last,
+            "every": "-" if cell.every is None else str(cell.every),
+            "every_order": 0 if cell.every is None else cell.every.count,
+            "at": cell.at,
+            "steps": [source.point.step for source in sweep.plans[cell.plan].sources],
+            "merge_key": sweep.keys[cell.plan],
+        }
+        if TEXT in own:
+            row |= _text_values(own[TEXT], raw[TEXT])
+        if weights:
+            row |= _task_values(own, raw, weights)
+        made.append(row)
+    if made and "loss" in made[0]:
+        return sorted(made, key=lambda row: row["loss"])
+    return sorted(made, key=lambda row: -row["mean_score"])
+
+
+def _text_values(own: Evaluation, raw: Evaluation) -> dict[str, Any]:
+    from pma.evaluation.evaluate import loss_difference
+
+    gain = loss_difference(raw, own)
+    return {
+        "loss": own.loss.value,
+        "standard_error": own.loss.standard_error,
+        "gain": gain.value,
+        "gain_standard_error": gain.standard_error,
+        "bits_per_byte": own.bits_per_byte,
+        "cloze": own.cloze_accuracy,
+    }
+
+
+def _task_values(own: Results, raw: Results, weights: Mapping[str, float]) -> dict[str, Any]:
+    from pma.evaluation.tasks import scores
+
+    pairs = [(own[task_name(task)], raw[task_name(task)]) for task in weights]
+    mean = scores.mean_score([mine for mine, _ in pairs], list(weights.values()))
+    gain = scores.mean_difference(pairs, list(weights.values()))
+    tasks = {}
+    for task, (mine, last) in zip(weights, pairs, strict=True):
+        score, better = scores.score(mine), scores.score_difference(mine, last)
+        tasks[task] = {
+            "metric": mine.metric,
+            "score": score.value,
+            "standard_error": score.standard_error,
+            "gain": better.value,
+            "gain_standard_error": better.standard_error,
+        }
+    return {
+        "tasks": tasks,
+        "mean_score": mean.value,
+        "mean_score_standard_error": mean.standard_error,
+        "mean_score_gain": gain.value,
+        "mean_score_gain_standard_error": gain.standard_error,
+    }

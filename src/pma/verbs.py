@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pma.evaluation.evaluate import Evaluation
+    from pma.evaluation.tasks import Task, TaskResult
 
 HELD_OUT = Path("text") / "held_out.txt"
 
@@ -198,10 +199,28 @@ def evaluate(
     """Evaluate each candidate on the same documents, one after the other; `announce` is told whose turn it
     is.
     """
+    how: dict[str, Any] = {"cloze": cloze, "context_tokens": context_tokens, "announce": announce}
+    return evaluate_with_tasks(candidates, documents, (), **how)[0]
+
+
+def evaluate_with_tasks(
+    candidates: Sequence[Candidate],
+    documents: Sequence[Document],
+    tasks: Sequence[Task],
+    *,
+    cloze: int = 400,
+    context_tokens: int | None = None,
+    announce: Callable[[str], None] | None = None,
+) -> tuple[list[Evaluation], list[list[TaskResult]]]:
+    """Each candidate's evaluation on `documents` (none if there are none), and its results on `tasks`.
+
+    A model is made once for both. `tasks` as in `pma.evaluation.tasks.prepared`.
+    """
     from pma.evaluation.evaluate import evaluate as evaluate_one
     from pma.evaluation.model import load_scorer
+    from pma.evaluation.tasks import run_task
 
-    evaluations = []
+    evaluations, results = [], []
     for candidate in candidates:
         if announce is not None:
             announce(candidate.name)
@@ -209,8 +228,10 @@ def evaluate(
             tensors = engine.average(planned)
             like = planned.sources[-1].point.path
         scorer = load_scorer(tensors, like, context_tokens=context_tokens)
-        evaluations.append(evaluate_one(candidate.name, scorer, documents, cloze=cloze))
-    return evaluations
+        if documents:
+            evaluations.append(evaluate_one(candidate.name, scorer, documents, cloze=cloze))
+        results.append([run_task(scorer, task) for task in tasks])
+    return evaluations, results
 
 
 def held_out_documents(texts: Sequence[Path], path: Path) -> list[Document]:

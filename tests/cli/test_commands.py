@@ -322,10 +322,11 @@ FLAGS = {
     "--exclude --fresh --hash-sources --inside-run --json --last --measure-roofline --memory --out "
     "--pattern --preset --scheme --sha256 --staging --threads --weights --with-optimizer",
     "sweep": "--allow-mixed-phases --allow-nonfinite --at --break-lock --cloze --context --copy --dtype "
-    "--every "
-    "--exclude --fresh --json --last --memory --scheme --staging --store --text --threads --write",
+    "--every --exclude --fresh --json --last --limit --memory --scheme --staging --store --tasks --text "
+    "--threads --weights --write",
     "verify": "--full --json --samples",
-    "eval": "--annealed --at --cloze --context --every --json --last --merge --preset --scheme --text",
+    "eval": "--annealed --at --cloze --context --every --json --last --limit --merge --preset --scheme "
+    "--tasks --text --weights",
     "report": "--json --out",
     "pretrain": "--anneal --fork-from --json --learning-rate --out --seed --text --tokens",
 }

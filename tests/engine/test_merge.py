@@ -3,6 +3,7 @@ users load them.
 """
 
 import json
+import mmap
 import os
 import resource
 import subprocess
@@ -104,6 +105,13 @@ def test_threads_and_block_size_do_not_matter(
     out = merged(larger_run, tmp_path / "out", scheme=scheme, threads=threads)
     assert same_bytes(expected, out) == []
     assert engine.verify(out).findings == ()
+
+
+def test_buffers_begin_on_pages() -> None:
+    # 16 bytes later every read would take up to twice as long, and nothing else would tell
+    for row in compute.on_pages(3, memory_budget.LARGEST_TILE_BYTES):
+        assert row.ctypes.data % mmap.PAGESIZE == 0
+        row[:] = 1  # writable
 
 
 def test_in_memory_equals_on_disk(tmp_path: Path, larger_run: list[Path]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pma.errors import InputError
-from pma.reporting.sweep_charts import sweep_chart, write_sweep_chart
+from pma.reporting.sweep_charts import SCORE, sweep_chart, write_sweep_chart
 
 HOSTILE = "<script>alert(1)</script></script>\x1b[2J\x00"
 
@@ -76,6 +76,17 @@ def test_bars_are_intervals_and_lower_loss_is_greener() -> None:
     assert scale["range"] == ["#2f7d5b", "#edf5f1"]
     bars = {r["last"]: (r["low"], r["high"]) for r in rows_of(spec, curve)}
     assert bars[6] == pytest.approx((2.9804, 3.0196))
+
+
+def test_of_scores_the_higher_is_greener(tmp_path: Path) -> None:
+    rows = [row(loss=0.3), row(last=3, loss=0.5), row(last=9, loss=0.31)]
+    spec = sweep_chart(rows, SCORE).to_dict()
+    [heat_map], _ = panels(spec)
+    scale = heat_map["layer"][0]["encoding"]["color"]["scale"]
+    assert (scale["domain"], scale["range"]) == ([0.3, 0.5], ["#edf5f1", "#2f7d5b"])
+    assert [cell["last"] for cell in rows_of(spec, heat_map) if cell["dark"]] == [3]
+    _, page = write_sweep_chart(rows, tmp_path / "scores", SCORE)
+    assert "Score by scheme and window" in page.read_text()
 
 
 def test_cells_show_gains_or_else_losses() -> None:

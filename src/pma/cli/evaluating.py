@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pma import verbs
 from pma.cli import options as flags
-from pma.cli.output import command, note, say
+from pma.cli.output import command, note, say, table
 from pma.errors import UsageError
 from pma.verbs import Candidate, Choice
+
+if TYPE_CHECKING:
+    from pma.evaluation.evaluate import Evaluation
+    from pma.evaluation.tasks import TaskResult
 
 _FEW_DOCUMENTS = 10
 
@@ -44,44 +49,87 @@ def evaluate(
     context: Annotated[
         int | None, typer.Option("--context", min=2, help="Tokens the model looks at; its own by default.")
     ] = None,
+    tasks: flags.Tasks = None,
+    limit: flags.TaskLimit = None,
+    weights: flags.TaskWeights = None,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
-    """Held-out loss, bits per byte and a cloze task of checkpoints, or of a window merged in memory.
+    """Held-out loss, bits per byte and a cloze task of checkpoints, or of a window merged in memory; or
+    scores on tasks.
 
     The first model is the baseline that the others are paired with; with --merge it is the window's newest
-    checkpoint. Text defaults to what the run held out.
+    checkpoint. Text defaults to what the run held out, or with --tasks to none.
 
     Example: pma eval run/checkpoint-1500 merged annealed/checkpoint-1800 --text held_out.txt
 
-    Example: pma eval run --merge --last 10 --scheme sma,wma,ema:0.2
+    Example: pma eval run --merge --last 10 --scheme sma,wma --tasks evals/blimp.jsonl,hellaswag
     """
-    from pma.evaluation.compare import compare
+    if weights is not None and not tasks:
+        raise UsageError("--weights weighs --tasks, of which there are none")
+    candidates = _candidates(
+        sources, merge, scheme, annealed, {"last": last, "every": every, "at": at, "preset": preset}
+    )
+    documents = verbs.held_out_documents(text or (), sources[0]) if text or not tasks else []
+    if documents and len(documents) < _FEW_DOCUMENTS:
+        note(f"only {len(documents)} held-out documents: errors over so few are rough")
+    with flags.prepared_tasks(tasks, limit, weights) as (ready, shares):
+        what = [f"{len(documents)} documents"] if documents else []
+        what += [f"{len(ready)} task{'' if len(ready) == 1 else 's'}"] if ready else []
+        evaluations, scored = verbs.evaluate_with_tasks(
+            candidates,
+            documents,
+            ready,
+            cloze=cloze,
+            context_tokens=context,
+            announce=lambda name: note(f"evaluating {name} on {' and '.join(what)}"),
+        )
+    names = [candidate.name for candidate in candidates]
+    result = _text_result(evaluations, annealed is not None, show=not json_output) if documents else {}
+    if ready:
+        result |= _task_result(names, scored, shares, show=not json_output)
+    return result
 
+
+def _candidates(
+    sources: list[Path], merge: bool, scheme: str, annealed: Path | None, window: dict[str, Any]
+) -> list[Candidate]:
     if merge:
-        choice = flags.choice(sources, last=last, every=every, at=at, preset=preset)
-        candidates = merge_candidates(choice, scheme.split(","))
+        candidates = merge_candidates(flags.choice(sources, **window), scheme.split(","))
     else:
-        if last is not None or every is not None or at is not None or preset:
+        if any(value is not None and value is not False for value in window.values()):
             raise UsageError("--last, --every, --at and --preset go with --merge")
         candidates = [Candidate(name=str(path), choice=checkpoint_choice(path)) for path in sources]
     if annealed is not None:
         candidates.append(Candidate(name=str(annealed), choice=checkpoint_choice(annealed)))
-    documents = verbs.held_out_documents(text or (), sources[0])
-    if len(documents) < _FEW_DOCUMENTS:
-        note(f"only {len(documents)} held-out documents: errors over so few are rough")
-    evaluations = verbs.evaluate(
-        candidates,
-        documents,
-        cloze=cloze,
-        context_tokens=context,
-        announce=lambda name: note(f"evaluating {name} on {len(documents)} documents"),
-    )
-    rows = [row.to_json() for row in compare(evaluations, evaluations[-1] if annealed is not None else None)]
-    if not json_output:
+    return candidates
+
+
+def _text_result(evaluations: list[Evaluation], annealed: bool, *, show: bool) -> dict[str, Any]:
+    from pma.evaluation.compare import compare
+
+    rows = [row.to_json() for row in compare(evaluations, evaluations[-1] if annealed else None)]
+    if show:
         from pma.cli.comparison import show_comparison
 
         show_comparison(rows)
     return {"comparison": rows, "evaluations": [evaluation.to_json() for evaluation in evaluations]}
+
+
+def _task_result(
+    names: list[str], scored: list[list[TaskResult]], weights: Mapping[str, float], *, show: bool
+) -> dict[str, Any]:
+    from pma.evaluation.tasks.compare import compare_tasks
+
+    rows = compare_tasks(names, scored, weights)
+    if show:
+        from pma.reporting import tasks_table
+
+        table(*tasks_table(rows))
+    models = [
+        {"name": name, "tasks": [result.to_json() for result in results]}
+        for name, results in zip(names, scored, strict=True)
+    ]
+    return {"task_comparison": rows, "task_results": models}
 
 
 def checkpoint_choice(path: Path) -> Choice:

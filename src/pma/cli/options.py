@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pma.cli.output import note
 from pma.engine import MergeOptions
 from pma.engine.memory_budget import DEFAULT_MEMORY_BYTES
 from pma.errors import UsageError
@@ -15,6 +18,9 @@ from pma.remote import location
 from pma.trajectory import Window
 from pma.types import DType
 from pma.verbs import Choice
+
+if TYPE_CHECKING:
+    from pma.evaluation.tasks import Task
 
 Sources = Annotated[
     list[Path],
@@ -86,6 +92,21 @@ MeasureRoofline = Annotated[
 ]
 Threads = Annotated[int, typer.Option("--threads", help="Workers that read and average.")]
 Memory = Annotated[str, typer.Option("--memory", help="Budget for buffers, such as 256MiB.")]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tasks", metavar="TASK,…", help="Tasks of lm-evaluation-harness, .jsonl files, or folders of them."
+    ),
+]
+TaskLimit = Annotated[
+    int | None, typer.Option("--limit", min=2, help="With --tasks: at most so many items of each.")
+]
+TaskWeights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights", metavar="TASK=W,…", help="With --tasks: weights of the mean; equal by default."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 DEFAULT_MEMORY = f"{DEFAULT_MEMORY_BYTES // 2**20}MiB"
@@ -120,6 +141,23 @@ def choice(
         pattern=pattern,
         allow_mixed_phases=allow_mixed_phases,
     )
+
+
+@contextmanager
+def prepared_tasks(
+    specs: list[str] | None, limit: int | None, weights: str | None
+) -> Iterator[tuple[list[Task], dict[str, float]]]:
+    """The tasks that the flags name, for the block, and their weights. Says which files were left out."""
+    if not specs:
+        yield [], {}
+        return
+    from pma.evaluation.tasks import prepared, task_weights
+
+    split = [part for spec in specs for part in ([spec] if Path(spec).exists() else spec.split(","))]
+    with prepared(split, limit) as (tasks, left_out):
+        for path, reason in left_out:
+            note(f"left out: {path}: {reason}")
+        yield tasks, task_weights([task.name for task in tasks], weights)
 
 
 def merge_options(

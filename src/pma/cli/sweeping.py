@@ -14,6 +14,7 @@ from pma.cli.output import command, note, say, table
 from pma.cli.transfer import sending, transfer
 from pma.engine import How, Plan
 from pma.errors import MissingExtra, UsageError
+from pma.evaluation.measures import Measure, task_measure, text_measure
 from pma.quantities import bytes_text, parse_distance
 from pma.remote import location
 from pma.results import Store
@@ -49,12 +50,15 @@ def sweep(
     ] = None,
     text: Annotated[
         list[Path] | None,
-        typer.Option("--text", help="Held-out text; without --write, what the run held out by default."),
+        typer.Option("--text", help="Held-out text; without --write or --tasks, what the run held out."),
     ] = None,
     cloze: Annotated[int, typer.Option("--cloze", min=0, help="Number of cloze items; 0 for none.")] = 400,
     context: Annotated[
         int | None, typer.Option("--context", min=2, help="Tokens the model looks at; its own by default.")
     ] = None,
+    tasks: flags.Tasks = None,
+    limit: flags.TaskLimit = None,
+    weights: flags.TaskWeights = None,
     store: Annotated[
         Path | None,
         typer.Option(
@@ -81,7 +85,11 @@ def sweep(
     what is new. With --write each is written as pma merge would, to the bit.
 
     Example: pma sweep run --last 3,6,10 --every 25,50 --scheme sma,wma,ema:0.2,1-sqrt
+
+    Example: pma sweep run --last 3,6,10 --tasks evals/ --limit 500
     """
+    if weights is not None and not tasks:
+        raise UsageError("--weights weighs --tasks, of which there are none")
     grid = _grid(last, every, at, scheme, allow_mixed_phases=allow_mixed_phases)
     options = flags.merge_options(
         "sma", None, dtype, exclude, copy, allow_nonfinite=allow_nonfinite, threads=threads, memory=memory
@@ -93,29 +101,37 @@ def sweep(
                 staging=staging, fresh=fresh, break_lock=break_lock, sending=sending(as_json=json_output)
             )
             _write(planned, write, result, how, as_json=json_output)
-        if write is None or text:
-            documents = verbs.held_out_documents(text or (), sources[0])
-            kept = store or sweeping.store_beside(sources[0])
-
-            def begin(missing: Sequence[Plan]) -> None:
-                _announce("evaluation", missing, len(planned.plans), result)
-
-            with Store(kept) as opened:
-                done, known = sweeping.evaluate(
-                    planned,
-                    documents,
-                    opened,
-                    cloze=cloze,
-                    context_tokens=context,
-                    announce=note,
-                    begin=begin,
-                )
-            rows = sweeping.rows(planned, done)
-            pictures = _draw(rows, kept.parent / "sweep")
-            result |= {"rows": rows, "from_store": known, "store": str(kept), "pictures": pictures}
+        if write is None or text or tasks:
+            documents = verbs.held_out_documents(text or (), sources[0]) if text or not tasks else []
+            with flags.prepared_tasks(tasks, limit, weights) as (ready, shares):
+                measures = [task_measure(task, context_tokens=context) for task in ready]
+                if documents:
+                    measures.insert(0, text_measure(documents, cloze=cloze, context_tokens=context))
+                kept = store or sweeping.store_beside(sources[0])
+                _evaluate(planned, measures, shares, kept, context, result)
             if not json_output:
                 _show(result)
     return result
+
+
+def _evaluate(
+    planned: Sweep,
+    measures: list[Measure],
+    weights: dict[str, float],
+    store: Path,
+    context: int | None,
+    result: dict[str, Any],
+) -> None:
+    def begin(missing: Sequence[Plan]) -> None:
+        _announce("evaluation", missing, len(planned.plans), result)
+
+    with Store(store) as opened:
+        done, known = sweeping.evaluate(
+            planned, measures, opened, context_tokens=context, announce=note, begin=begin
+        )
+    rows = sweeping.rows(planned, done, weights)
+    pictures = _draw(rows, store.parent / "sweep")
+    result |= {"rows": rows, "from_store": known, "store": str(store), "pictures": pictures}
 
 
 def _grid(last: str, every: str | None, at: str | None, scheme: str, *, allow_mixed_phases: bool) -> Grid:
@@ -179,30 +195,49 @@ def _write(planned: Sweep, folder: Path, result: dict[str, Any], how: How, *, as
 
 
 def _draw(rows: list[dict[str, Any]], path: Path) -> list[str]:
-    from pma.reporting.sweep_charts import write_sweep_chart
+    from pma.reporting import sweep_charts
 
-    drawn = [{**row, "standard_error": row["gain_standard_error"]} for row in rows]
+    drawn: list[Path] = []
     try:
-        return [str(made) for made in write_sweep_chart(drawn, path)]
+        if "loss" in rows[0]:
+            losses = [{**row, "standard_error": row["gain_standard_error"]} for row in rows]
+            drawn += sweep_charts.write_sweep_chart(losses, path)
+        if "mean_score" in rows[0]:
+            scores = [
+                {
+                    **row,
+                    "loss": row["mean_score"],
+                    "gain": row["mean_score_gain"],
+                    "standard_error": row["mean_score_gain_standard_error"],
+                }
+                for row in rows
+            ]
+            name = f"{path.name}-tasks"
+            drawn += sweep_charts.write_sweep_chart(scores, path.with_name(name), sweep_charts.SCORE)
     except MissingExtra as missing:
         note(f"no chart: {missing}")
-        return []
+    return [str(made) for made in drawn]
 
 
 def _show(result: dict[str, Any]) -> None:
-    rows = [
-        (
-            row["scheme"],
-            str(row["last"]),
-            row["every"],
-            str(row["at"]),
-            f"{row['loss']:.4f} ± {row['standard_error']:.4f}",
-            f"{row['gain']:+.4f} ± {row['gain_standard_error']:.4f}",
-            f"{row['bits_per_byte']:.4f}",
-        )
-        for row in result["rows"][:_SHOWN]
-    ]
-    table(("scheme", "N", "every", "at", "loss (nats a token)", "gain over raw", "bits per byte"), rows)
+    rows = result["rows"][:_SHOWN]
+    headings = ["scheme", "N", "every", "at"]
+    cells = [[row["scheme"], str(row["last"]), row["every"], str(row["at"])] for row in rows]
+    if "loss" in rows[0]:
+        headings += ["loss (nats a token)", "gain over raw", "bits per byte"]
+        for row, line in zip(rows, cells, strict=True):
+            line.append(f"{row['loss']:.4f} ± {row['standard_error']:.4f}")
+            line.append(f"{row['gain']:+.4f} ± {row['gain_standard_error']:.4f}")
+            line.append(f"{row['bits_per_byte']:.4f}")
+    if "mean_score" in rows[0]:
+        names = list(rows[0]["tasks"])
+        headings += [*names, "weighted mean", "gain over raw"]
+        for row, line in zip(rows, cells, strict=True):
+            line += [f"{100 * row['tasks'][name]['score']:.2f}%" for name in names]
+            line.append(f"{100 * row['mean_score']:.2f}% ± {100 * row['mean_score_standard_error']:.2f}%")
+            gain, error = row["mean_score_gain"], row["mean_score_gain_standard_error"]
+            line.append(f"{100 * gain:+.2f}% ± {100 * error:.2f}%")
+    table(headings, cells)
     more = len(result["rows"]) - _SHOWN
     if more > 0:
         say(f"… and {more} more, see {result['store']}")

@@ -102,7 +102,7 @@ class Building:
         self._part.sync()
         plan = self.plan
         provenance.check_unchanged(plan)
-        newest = plan.sources[-1].point.path
+        newest = plan.sources[-1].point.folder
         self._writer.finish()
         for name, data in plan.side_files.items():
             self._writer.write_bytes(name, data)

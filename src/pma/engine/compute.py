@@ -6,6 +6,7 @@ accumulator in checkpoint order, divide once, cast once.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
@@ -53,9 +54,9 @@ class BlockWorker:
         self._tile_bytes = tile_bytes
         self._allow_nonfinite = allow_nonfinite
         self._stop = stop or StopFlag()
-        self._rows = np.empty((AT_ONCE, tile_bytes), np.uint8)
-        self._sums = np.empty((len(recipes), 2 * tile_bytes), np.uint8)
-        self._outs = np.empty((len(recipes), CHUNK_BYTES), np.uint8)
+        self._rows = on_pages(AT_ONCE, tile_bytes)
+        self._sums = on_pages(len(recipes), 2 * tile_bytes)
+        self._outs = on_pages(len(recipes), CHUNK_BYTES)
         self.bytes_read = 0
 
     def make(self, block: Block, wanted: Sequence[int] | None = None) -> list[tuple[int, memoryview]]:
@@ -212,6 +213,14 @@ class BlockWorker:
             f"{names}: the values are finite, but a sum overflows or a mean is too large for "
             f"{span.dtype_out.value[0]}; choose a wider --dtype, or keep infinity with --allow-nonfinite"
         )
+
+
+def on_pages(count: int, length_bytes: int) -> Buffer:
+    """Buffers that begin where pages do: the system copies from a page of a file to there twice as fast as to
+    16 bytes later, where numpy's begin.
+    """
+    memory = mmap.mmap(-1, count * length_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(memory, np.uint8).reshape(count, length_bytes)
 
 
 def _places(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 import time
@@ -67,7 +68,8 @@ def _sources(work: Work, policy: Policy) -> int:
 
 
 def _move(work: Work, numbers: Sequence[int], scratch: int) -> None:
-    buffer = memoryview(bytearray(work.tile_bytes))
+    # begins where a page does, as the buffers of the merge do
+    buffer = memoryview(mmap.mmap(-1, work.tile_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
     for number in numbers:
         block = work.blocks[number]
         _read(work, block, buffer)

@@ -44,6 +44,21 @@ def paired_difference(value_a_D: ArrayLike, value_b_D: ArrayLike, count_D: Array
     return mean_estimate(difference, count_D)
 
 
+def stratified_mean(value_SI: Sequence[ArrayLike], weight_S: ArrayLike) -> Estimate:
+    """The weighted mean of the means of several sets of items (S sets, each with its own I), whose errors are
+    independent; degrees of freedom by Welch and Satterthwaite. Weights need not sum to one.
+    """
+    weights = np.asarray(weight_S, dtype=np.float64) / np.sum(weight_S)
+    used = [(w, np.asarray(v, dtype=np.float64)) for w, v in zip(weights, value_SI, strict=True) if w > 0]
+    if any(len(values) < 2 for _, values in used):
+        raise InputError("a standard error needs at least two items of each task")
+    value = sum(weight * values.mean() for weight, values in used)
+    variances = np.array([weight**2 * values.var(ddof=1) / len(values) for weight, values in used])
+    error = float(np.sqrt(variances.sum()))
+    free = sum(v**2 / (len(values) - 1) for v, (_, values) in zip(variances, used, strict=True))
+    return _with_interval(float(value), error, variances.sum() ** 2 / free if free else 1.0)
+
+
 def gain_recovered(
     last_D: ArrayLike, merge_D: ArrayLike, annealed_D: ArrayLike, count_D: ArrayLike
 ) -> Estimate | None:
@@ -61,13 +76,17 @@ def gain_recovered(
 
 
 def _interval(value: float, residuals_D: Values) -> Estimate:
-    from scipy.special import stdtrit
-
     documents = len(residuals_D)
     if documents < 2:
         raise InputError("a standard error needs at least two held-out documents")
     error = float(residuals_D.std(ddof=1) / np.sqrt(documents))
-    reach = float(stdtrit(documents - 1, 0.975)) * error
+    return _with_interval(value, error, documents - 1)
+
+
+def _with_interval(value: float, error: float, degrees_of_freedom: float) -> Estimate:
+    from scipy.special import stdtrit
+
+    reach = float(stdtrit(degrees_of_freedom, 0.975)) * error
     return Estimate(value=value, standard_error=error, low=value - reach, high=value + reach)
 
 

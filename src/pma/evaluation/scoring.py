@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pma.errors import InputError
 
 Progress = Callable[[int], None]
-_TOKENS_A_BATCH = 8_192
+TOKENS_A_BATCH = 8_192
 
 
 class Tokenizer(Protocol):
@@ -97,7 +97,7 @@ def _batches(
 ) -> Iterator[Sequence[tuple[int, list[int], int]]]:
     # windows of like length together, so that little is padding
     ordered = sorted(windows, key=lambda window: len(window[1]), reverse=True)
-    size = max(1, _TOKENS_A_BATCH // context_tokens)
+    size = max(1, TOKENS_A_BATCH // context_tokens)
     for start in range(0, len(ordered), size):
         yield ordered[start : start + size]
 

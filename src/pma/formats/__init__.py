@@ -24,7 +24,15 @@ __all__ = [
     "read_meta",
 ]
 
-_BUILT_IN = ("pma.formats.safetensors",)
+# in the order in which they are asked: folders of most have lone .pt files beside
+_BUILT_IN = (
+    "pma.formats.safetensors",
+    "pma.formats.megatron",
+    "pma.formats.dcp",
+    "pma.formats.deepspeed",
+    "pma.formats.deepspeed_universal",
+    "pma.formats.torch_files",
+)
 
 
 def _formats() -> Iterator[FormatModule]:
@@ -83,7 +91,12 @@ def read_meta(path: Path) -> CheckpointMeta:
 def plan_layout(
     tensors: Mapping[str, TensorSpec], like: CheckpointReader | None, to: str | None = None
 ) -> Layout:
-    """Where an output's tensors go, in the format named `to`, or in that of `like`."""
+    """Where an output's tensors go, in the format named `to`, or in that of `like`.
+
+    `like` tells more of the output where it is of the same format, or of one that the output's names in
+    `LIKE`.
+    """
     wanted = to or (like.format if like is not None else None)
     module = next(module for module in _formats() if wanted == module.FORMAT)
-    return module.plan_layout(tensors, like if like is not None and like.format == wanted else None)
+    understood = getattr(module, "LIKE", (module.FORMAT,))
+    return module.plan_layout(tensors, like if like is not None and like.format in understood else None)

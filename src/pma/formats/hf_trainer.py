@@ -15,7 +15,7 @@ from pma.types import CheckpointMeta, TrainingLog
 
 STATE_FILE = "trainer_state.json"
 TRAINER_FOLDER = re.compile(r"checkpoint-(?P<step>\d{1,18})", re.ASCII)
-_RECORD_FILE = "pma.json"  # a merge of ours is complete without the Trainer's state
+RECORD_FILE = "pma.json"  # a merge of ours is complete without the Trainer's state
 _LARGEST_STATE_BYTES = 256 * 2**20
 
 
@@ -29,7 +29,7 @@ def read_meta(folder: Path) -> CheckpointMeta:
     path = folder / STATE_FILE
     if not path.is_file():
         incomplete = None
-        if TRAINER_FOLDER.fullmatch(folder.name) and not (folder / _RECORD_FILE).is_file():
+        if TRAINER_FOLDER.fullmatch(folder.name) and not (folder / RECORD_FILE).is_file():
             incomplete = f"{STATE_FILE} is not there yet, and the Trainer writes it last"
         return CheckpointMeta(incomplete=incomplete)
     try:

@@ -2,5 +2,6 @@
 
 from pma.reporting.report import PAGE_FILE, RESULTS_FILE, report_folder, series_from_log
 from pma.reporting.table import comparison_table
+from pma.reporting.tasks_table import tasks_table
 
-__all__ = ["PAGE_FILE", "RESULTS_FILE", "comparison_table", "report_folder", "series_from_log"]
+__all__ = ["PAGE_FILE", "RESULTS_FILE", "comparison_table", "report_folder", "series_from_log", "tasks_table"]

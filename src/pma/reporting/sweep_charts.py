@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from math import ceil, isfinite
 from pathlib import Path
@@ -23,19 +24,43 @@ _WIDTH = 900
 _CELL_WIDTH, _CELL_HEIGHT = 62, 32
 _PANEL_WIDTH = 130
 _NORMAL_95 = 1.96
-_HOW_TO_READ = (
-    "Losses are held-out, in nats a token. Bars are 95% intervals of each merge's gain over the last raw "
-    "checkpoint, paired by document. The best of many looks better than it is: confirm it on other text."
+_BARS = (
+    "Bars are 95% intervals of each merge's gain over the last raw checkpoint, paired by {of}. The best of "
+    "many looks better than it is: confirm it on other text."
 )
 
 
-def sweep_chart(rows: Sequence[Mapping[str, Any]]) -> Any:
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """What a chart shows of each merge: what it is called, its unit, and which way is better."""
+
+    name: str
+    unit: str
+    explained: str
+    higher_is_better: bool = False
+
+
+LOSS = Drawn(
+    name="Loss",
+    unit="nats a token",
+    explained="Losses are held-out, in nats a token. " + _BARS.format(of="document"),
+)
+SCORE = Drawn(
+    name="Score",
+    unit="weighted mean of all tasks",
+    explained="The weighted mean of the tasks' scores, as a share of one. " + _BARS.format(of="item"),
+    higher_is_better=True,
+)
+
+
+def sweep_chart(rows: Sequence[Mapping[str, Any]], drawn: Drawn = LOSS) -> Any:
     """A heat map of N by V for each scheme, where either varies, above loss against N for each V.
 
     A row is a merge: scheme, last (N), every (V as text, "-" for all checkpoints), every_order (to sort V
     by), at (the step it ends at), loss (nats a token), gain (loss of the last raw checkpoint minus loss, or
     None) and standard_error (of the gain). Merges that end at different steps are drawn in panels of their
-    own, with scales of their own. Raises InputError where no row has a finite loss.
+    own, with scales of their own. With `drawn` SCORE, "loss" and gain are scores. Raises InputError where no
+    row has a finite loss.
     """
     alt = require_altair()
     shown = _shown(rows)
@@ -45,28 +70,31 @@ def sweep_chart(rows: Sequence[Mapping[str, Any]]) -> Any:
     parts = []
     if len({(row["last"], row["every"]) for row in shown}) > 1:
         gains = all(row["gain"] is not None for row in shown)
-        what = "Gain over the last checkpoint" if gains else "Loss"
-        maps = [_heat_maps(alt, group, schemes, gains, named=not step) for group in groups]
+        what = "Gain over the last checkpoint" if gains else drawn.name
+        maps = [_heat_maps(alt, group, schemes, gains, drawn, named=not step) for group in groups]
         parts.append(
-            alt.vconcat(*maps, title=f"{what}, nats a token{step}").resolve_scale(color="independent")
+            alt.vconcat(*maps, title=f"{what}, {drawn.unit}{step}").resolve_scale(color="independent")
         )
-    curves = [_curves(alt, group, schemes, named=not step) for group in groups]
-    parts.append(alt.vconcat(*curves, title=f"Loss, with the 95% interval of the gain{step}"))
+    curves = [_curves(alt, group, schemes, drawn, named=not step) for group in groups]
+    parts.append(alt.vconcat(*curves, title=f"{drawn.name}, with the 95% interval of the gain{step}"))
     chart = alt.vconcat(*parts, spacing=40).resolve_scale(color="independent", shape="independent")
     return finished(chart).configure_title(anchor="start", fontSize=14, fontWeight="normal")
 
 
-def write_sweep_chart(rows: Sequence[Mapping[str, Any]], path_without_suffix: Path) -> tuple[Path, Path]:
+def write_sweep_chart(
+    rows: Sequence[Mapping[str, Any]], path_without_suffix: Path, drawn: Drawn = LOSS
+) -> tuple[Path, Path]:
     """Write `sweep_chart` as a picture (.png) and a page (.html) that opens offline; returns both paths."""
-    chart = sweep_chart(rows)
+    chart = sweep_chart(rows, drawn)
     folder, name = path_without_suffix.parent, path_without_suffix.name
     # not with_suffix, which would take the ".5" of "sweep-0.5" for one
     picture, page = folder / f"{name}.png", folder / f"{name}.html"
     shown = _shown(rows)
     schemes, undrawn = len({row["scheme"] for row in shown}), len(rows) - len(shown)
     lead = f"{_counted(len(shown), 'merge')}, {_counted(schemes, 'scheme')}."
-    notes = [_HOW_TO_READ] + ([f"Not drawn, as the loss is not finite: {undrawn}."] if undrawn else [])
-    section = Section(heading="Loss by scheme and window", paragraphs=notes, chart=chart)
+    what = drawn.name.lower()
+    notes = [drawn.explained] + ([f"Not drawn, as the {what} is not finite: {undrawn}."] if undrawn else [])
+    section = Section(heading=f"{drawn.name} by scheme and window", paragraphs=notes, chart=chart)
     folder.mkdir(parents=True, exist_ok=True)
     chart.save(picture, scale_factor=2)
     page.write_text(render("Sweep", lead, [section], f"pma-llm {version('pma-llm')}"), encoding="utf-8")
@@ -90,26 +118,32 @@ def _shown(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _heat_maps(
-    alt: Any, rows: Sequence[Mapping[str, Any]], schemes: Sequence[str], gains: bool, *, named: bool
+    alt: Any,
+    rows: Sequence[Mapping[str, Any]],
+    schemes: Sequence[str],
+    gains: bool,
+    drawn: Drawn,
+    *,
+    named: bool,
 ) -> Any:
     """A map for each scheme, of merges that end at one step, which the titles say where `named`."""
     losses = [row["loss"] for row in rows]
-    best, worst = min(losses), max(losses)
+    low, high = min(losses), max(losses)
+    worst = low if drawn.higher_is_better else high
     # a domain without a width would paint equal losses as the worst
-    margin = 0.0 if worst > best else 1e-4
+    margin = 0.0 if high > low else 1e-4
+    shades = [_WORST, _BEST] if drawn.higher_is_better else [_BEST, _WORST]
     colour = alt.Color(
         "loss:Q",
-        title="loss",
-        scale=alt.Scale(
-            domain=[best - margin, worst + margin], range=[_BEST, _WORST], zero=False, nice=False
-        ),
-        legend=alt.Legend(format=".4f", tickCount=4, gradientLength=100) if worst > best else None,
+        title=drawn.name.lower(),
+        scale=alt.Scale(domain=[low - margin, high + margin], range=shades, zero=False, nice=False),
+        legend=alt.Legend(format=".4f", tickCount=4, gradientLength=100) if high > low else None,
     )
     cells = [
         {
             **row,
             "text": f"{row['gain']:+.4f}" if gains else f"{row['loss']:.4f}",
-            "dark": worst > best and (worst - row["loss"]) / (worst - best) > 0.8,
+            "dark": high > low and abs(row["loss"] - worst) / (high - low) > 0.8,
         }
         for row in rows
     ]
@@ -141,13 +175,15 @@ def _heat_map(
     return base.mark_rect(stroke="white", strokeWidth=2).encode(color=colour) + text
 
 
-def _curves(alt: Any, rows: Sequence[Mapping[str, Any]], schemes: Sequence[str], *, named: bool) -> Any:
+def _curves(
+    alt: Any, rows: Sequence[Mapping[str, Any]], schemes: Sequence[str], drawn: Drawn, *, named: bool
+) -> Any:
     """A panel for each V, of merges that end at one step, which the titles say where `named`."""
     step = f", step {rows[0]['at']}" if named else ""
     lasts, everys = _distinct(rows, "last"), _distinct(rows, "every")
     width = max(220, 75 * len(lasts))
     panels = [
-        _curve(alt, [row for row in rows if row["every"] == every], lasts, schemes).properties(
+        _curve(alt, [row for row in rows if row["every"] == every], lasts, schemes, drawn).properties(
             width=width, height=240, title=_panel_title(alt, _apart(every) + step)
         )
         for every in everys
@@ -155,7 +191,9 @@ def _curves(alt: Any, rows: Sequence[Mapping[str, Any]], schemes: Sequence[str],
     return alt.concat(*panels, columns=_columns(len(panels), width)).resolve_scale(y="shared")
 
 
-def _curve(alt: Any, rows: Sequence[Mapping[str, Any]], lasts: Sequence[int], schemes: Sequence[str]) -> Any:
+def _curve(
+    alt: Any, rows: Sequence[Mapping[str, Any]], lasts: Sequence[int], schemes: Sequence[str], drawn: Drawn
+) -> Any:
     domain = list(schemes)
     legend = alt.Legend(orient="top", labelLimit=300, columns=4, symbolOpacity=1)
     colour = alt.Color(
@@ -173,7 +211,7 @@ def _curve(alt: Any, rows: Sequence[Mapping[str, Any]], lasts: Sequence[int], sc
         color=colour,
         tooltip=_tooltip(alt),
     )
-    title, scale = "loss (nats a token)", alt.Scale(zero=False)
+    title, scale = f"{drawn.name.lower()} ({drawn.unit})", alt.Scale(zero=False)
     bars = base.mark_rule(strokeWidth=1.5, opacity=0.55).encode(
         y=alt.Y("low:Q", title=title, scale=scale), y2="high:Q"
     )

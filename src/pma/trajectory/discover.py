@@ -129,6 +129,8 @@ def is_checkpoint(path: Path) -> bool:
     """
     if formats.named_step(path.name) is not None:
         return path.exists()
+    if (path / hf_trainer.RECORD_FILE).is_file():  # a merge, whose file may be named like one of a run
+        return formats.is_checkpoint(path)
     return formats.is_checkpoint(path) and not (path.is_dir() and any(_named_checkpoints(path)))
 
 
