@@ -3,6 +3,7 @@ end.
 """
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -386,7 +387,6 @@ def test_half_written_files(tmp_path: Path) -> None:
 
 
 def test_what_is_read_while_a_run_is_listed_is_closed(tmp_path: Path) -> None:
-    import os
 
     litgpt_run(tmp_path / "run")
     before = len(os.listdir("/proc/self/fd"))
@@ -406,3 +406,28 @@ def test_a_bare_state_dict_reads_like_its_wrapper(tmp_path: Path) -> None:
             assert list(reader.tensors) == list(weights)
             data = weights["layer.1.weight"].view(torch.uint8).numpy().tobytes()
             assert read_whole(reader, "layer.1.weight") == data
+
+
+class Runs:
+    """What torch.save pickles as a call of os.system."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("touch canary",)
+
+
+@pytest.mark.parametrize("where", ["beside the weights", "in the weights", "instead of the weights"])
+def test_a_checkpoint_that_runs_something(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values: dict[str, Any] = {
+        "beside the weights": {"model": state(1), "hparams": Runs()},
+        "in the weights": {**state(1), "x": Runs()},
+        "instead of the weights": Runs(),
+    }
+    monkeypatch.chdir(tmp_path)
+    torch.save(values[where], "model.ckpt")
+    assert_refused(tmp_path / "model.ckpt", "'posix.system'", "nothing in it was run")
+    assert "posix.system" in str(formats.read_meta(tmp_path / "model.ckpt").incomplete)
+    with pytest.raises(FormatError, match="posix"):
+        formats.open_checkpoint(tmp_path / "model.ckpt")
+    assert not (tmp_path / "canary").exists()

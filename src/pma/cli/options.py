@@ -14,6 +14,7 @@ from pma.engine import MergeOptions
 from pma.engine.memory_budget import DEFAULT_MEMORY_BYTES
 from pma.errors import UsageError
 from pma.quantities import parse_bytes, parse_distance
+from pma.remote import location
 from pma.trajectory import Window
 from pma.types import DType
 from pma.verbs import Choice
@@ -23,7 +24,12 @@ if TYPE_CHECKING:
 
 Sources = Annotated[
     list[Path],
-    typer.Argument(metavar="RUN… | CHECKPOINT…", help="Runs, or checkpoints one by one.", show_default=False),
+    typer.Argument(
+        parser=location,
+        metavar="RUN… | CHECKPOINT…",
+        help="Runs, or checkpoints one by one; also URLs.",
+        show_default=False,
+    ),
 ]
 Last = Annotated[int | None, typer.Option("--last", metavar="N", help="Average the newest N checkpoints.")]
 Every = Annotated[
@@ -60,6 +66,17 @@ Pattern = Annotated[
     str | None,
     typer.Option("--pattern", metavar="REGEX", help=r"Names of checkpoints, such as 'ckpt_(?P<step>\d+)'."),
 ]
+To = Annotated[
+    str | None,
+    typer.Option("--to", metavar="FORMAT", help="The output's format, such as hf, if another."),
+]
+Like = Annotated[
+    Path | None,
+    typer.Option("--like", metavar="FOLDER", help="Become the Hugging Face model that lies there."),
+]
+MapName = Annotated[
+    str | None, typer.Option("--map", metavar="MAP", help="How: a built-in map, or a file of your own.")
+]
 AsGiven = Annotated[
     bool, typer.Option("--as-given", help="Checkpoints are named oldest first; do not order by step.")
 ]
@@ -68,6 +85,14 @@ MixedPhases = Annotated[
 ]
 Nonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Go on where a source holds NaN or infinity.")
+]
+Staging = Annotated[
+    Path | None,
+    typer.Option(
+        "--staging",
+        metavar="DIR",
+        help="Where an output for a store is built; the temporary folder by default.",
+    ),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of going on with an attempt.")]
 BreakLock = Annotated[
@@ -154,6 +179,9 @@ def merge_options(
     copy: list[str] | None = None,
     *,
     with_optimizer: bool = False,
+    to: str | None = None,
+    like: Path | None = None,
+    map_name: str | None = None,
     allow_nonfinite: bool = False,
     threads: int = 2,
     memory: str = DEFAULT_MEMORY,
@@ -174,6 +202,9 @@ def merge_options(
         exclude=tuple(exclude or ()),
         copy=tuple(copy or ()),
         with_optimizer=with_optimizer,
+        to=to,
+        like=like,
+        map=map_name,
         allow_nonfinite=allow_nonfinite,
         threads=threads,
         memory_bytes=parse_bytes(memory),

@@ -91,7 +91,7 @@ class Blocks(Sequence[Block]):
         for file in layout.files:
             self._firsts.append(self._count)
             self._count += -(-file.size_bytes // CHUNK_BYTES)
-        self._sorted: dict[str, tuple[list[Fragment], list[int]]] = {}
+        self._sorted: dict[str, _Sorted] = {}
 
     def __len__(self) -> int:
         return self._count
@@ -110,38 +110,64 @@ class Blocks(Sequence[Block]):
         file = self._layout.files[number]
         start = (index - self._firsts[number]) * CHUNK_BYTES
         stop = min(start + CHUNK_BYTES, file.size_bytes)
-        fragments, offsets = self._by_offset(file)
-        first = max(bisect_right(offsets, start) - 1, 0)
-        last = bisect_right(offsets, stop - 1)
-        inside = [f for f in fragments[first:last] if f.offset_bytes + f.length_bytes > start]
-        return _block(file, start, stop, inside, self._layout.tensors, self._sources, self._policies)
+        inside = self._by_offset(file)
+        fragments = [f for f in inside.fragments_in(start, stop) if f.offset_bytes + f.length_bytes > start]
+        constants = []
+        for offset, data in inside.constants_in(start, stop):
+            low, high = max(offset, start), min(offset + len(data), stop)
+            if low < high:
+                constants.append((low - start, data[low - offset : high - offset]))
+        spans = _spans(start, stop, fragments, self._layout.tensors, self._sources, self._policies)
+        return Block(
+            file=file.name,
+            offset_bytes=start,
+            length_bytes=stop - start,
+            constants=tuple(constants),
+            spans=spans,
+        )
 
     def averaged_types(self) -> set[tuple[DType, DType]]:
         """Types in the sources and in the output, of what is averaged."""
         averaged = [name for name, policy in self._policies.items() if policy is Policy.AVERAGE]
         return {(self._sources[name].dtype, self._layout.tensors[name].dtype) for name in averaged}
 
-    def _by_offset(self, file: OutputFile) -> tuple[list[Fragment], list[int]]:
+    def _by_offset(self, file: OutputFile) -> _Sorted:
         if file.name not in self._sorted:
-            fragments = sorted((f for f in file.fragments if f.length_bytes), key=lambda f: f.offset_bytes)
-            self._sorted[file.name] = fragments, [f.offset_bytes for f in fragments]
+            self._sorted[file.name] = _Sorted(file)
         return self._sorted[file.name]
 
 
-def _block(
-    file: OutputFile,
+class _Sorted:
+    """What a file holds, by where it begins: a file may have tens of thousands of either kind."""
+
+    def __init__(self, file: OutputFile) -> None:
+        self._fragments = sorted((f for f in file.fragments if f.length_bytes), key=lambda f: f.offset_bytes)
+        self._fragment_starts = [f.offset_bytes for f in self._fragments]
+        self._constants = sorted(file.constants, key=lambda constant: constant[0])
+        self._constant_starts = [offset for offset, _ in self._constants]
+
+    def fragments_in(self, start: int, stop: int) -> Sequence[Fragment]:
+        """Those that begin before `stop`, from the last that begins no later than `start`."""
+        return self._fragments[_between(self._fragment_starts, start, stop)]
+
+    def constants_in(self, start: int, stop: int) -> Sequence[tuple[int, bytes]]:
+        """As for fragments."""
+        return self._constants[_between(self._constant_starts, start, stop)]
+
+
+def _between(starts: Sequence[int], start: int, stop: int) -> slice:
+    return slice(max(bisect_right(starts, start) - 1, 0), bisect_right(starts, stop - 1))
+
+
+def _spans(
     start: int,
     stop: int,
     fragments: Sequence[Fragment],
     outputs: Mapping[str, TensorSpec],
     sources: Mapping[str, TensorSpec],
     policies: Mapping[str, Policy],
-) -> Block:
-    constants = []
-    for offset, data in file.constants:
-        low, high = max(offset, start), min(offset + len(data), stop)
-        if low < high:
-            constants.append((low - start, data[low - offset : high - offset]))
+) -> tuple[Span, ...]:
+    """Neighbours among `fragments`, cut to bytes `start` to `stop` of their file, that are treated alike."""
     groups: list[tuple[tuple[Policy, DType, DType], list[Piece]]] = []
     end = 0
     for fragment in fragments:
@@ -162,14 +188,7 @@ def _block(
             groups.append((kind, []))
         groups[-1][1].append(piece)
         end = high
-    spans = [_span(kind, pieces) for kind, pieces in groups]
-    return Block(
-        file=file.name,
-        offset_bytes=start,
-        length_bytes=stop - start,
-        constants=tuple(constants),
-        spans=tuple(spans),
-    )
+    return tuple(_span(kind, pieces) for kind, pieces in groups)
 
 
 def _span(kind: tuple[Policy, DType, DType], pieces: Sequence[Piece]) -> Span:

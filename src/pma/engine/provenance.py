@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -16,11 +17,14 @@ from typing import Any
 
 from blake3 import blake3
 
+from pma.engine import converting
 from pma.engine.blocks import CHUNK_BYTES
 from pma.engine.plan import Plan
 from pma.engine.stream import Digests
 from pma.errors import FormatError, IncompleteError, MismatchError, printable
 from pma.formats import strict_json
+from pma.formats.folder import chunks_of, open_folder
+from pma.remote import location
 
 RECORD_FILE = "pma.json"
 RECORD_VERSION = 1
@@ -44,6 +48,8 @@ def record(
         "exclude": list(options.exclude),
         "copy": list(options.copy),
         "with_optimizer": options.with_optimizer,
+        "to": options.to,
+        "conversion": converting.record(plan.newest),
         "allow_nonfinite": options.allow_nonfinite,
         "sources": [
             {
@@ -71,14 +77,14 @@ def heading(plan: Plan) -> dict[str, Any]:
     """
     options = plan.options
     choices = [options.scheme, options.weights, options.exclude, options.copy, options.allow_nonfinite]
-    choices.append(options.with_optimizer)
+    choices += [options.with_optimizer, options.to]
     files = [(file.name, file.size_bytes) for file in plan.layout.files]
     headers = [data.hex() for file in plan.layout.files for _, data in file.constants]
     sources = [
         (str(_absolute(source.point.path)), [asdict(identity) for identity in source.files])
         for source in plan.sources
     ]
-    made_by = _version("pma-llm")
+    made_by = [_version("pma-llm"), converting.record(plan.newest)]
     return {
         "journal": 1,
         "sources": _digest(sources),
@@ -106,7 +112,7 @@ def _output(plan: Plan, name: str, digests: Digests, sha256_of: Path | None) -> 
         "blake3_chunks": chunks,
     }
     if sha256_of is not None:
-        output["sha256"] = sha256(sha256_of / name)
+        output["sha256"] = sha256(sha256_of, name)
     return output
 
 
@@ -127,17 +133,20 @@ def root(chunks: list[str]) -> str:
     return blake3(b"".join(map(bytes.fromhex, chunks))).hexdigest()
 
 
-def sha256(path: Path) -> str:
-    """The file's SHA-256, by reading it again."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(path: Path, name: str) -> str:
+    """The SHA-256 of a file in a folder, by reading it again."""
+    digest = hashlib.sha256()
+    with closing(open_folder(path)) as folder:
+        for chunk in chunks_of(folder, name, folder.size_bytes(name)):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def add_source_digests(value: dict[str, Any]) -> None:
     """Add the SHA-256 of every source file to a record, by reading them again."""
     for source in value["sources"]:
         for file in source["files"]:
-            file["sha256"] = sha256(Path(source["folder"]) / file["name"])
+            file["sha256"] = sha256(location(source["folder"]), file["name"])
 
 
 def check_unchanged(plan: Plan) -> None:

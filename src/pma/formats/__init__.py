@@ -11,8 +11,8 @@ from pathlib import Path
 from re import Match
 from typing import cast
 
-from pma.errors import FormatError
-from pma.formats.contracts import UNFINISHED_SUFFIX, CheckpointReader, FormatModule
+from pma.errors import FormatError, UsageError
+from pma.formats.contracts import UNFINISHED_FILE, UNFINISHED_SUFFIX, CheckpointReader, FormatModule
 from pma.types import CheckpointMeta, Layout, TensorSpec
 
 __all__ = [
@@ -24,7 +24,17 @@ __all__ = [
     "read_meta",
 ]
 
-_BUILT_IN = ("pma.formats.safetensors", "pma.formats.torch_files")
+_ALSO_NAMED = {"hf": "safetensors"}
+# in the order in which they are asked: folders of most have lone .pt files beside
+_BUILT_IN = (
+    "pma.formats.dcp_safetensors",
+    "pma.formats.safetensors",
+    "pma.formats.megatron",
+    "pma.formats.dcp",
+    "pma.formats.deepspeed",
+    "pma.formats.deepspeed_universal",
+    "pma.formats.torch_files",
+)
 
 
 def _formats() -> Iterator[FormatModule]:
@@ -72,6 +82,8 @@ def read_meta(path: Path) -> CheckpointMeta:
     """What the records of the checkpoint at `path` say, by the format that recognises it."""
     if any(part.endswith(UNFINISHED_SUFFIX) for part in (path.name, path.parent.name)):
         return CheckpointMeta(incomplete="it is an output of pma that is not finished")
+    if path.is_dir() and (path / UNFINISHED_FILE).is_file() and not (path / "pma.json").is_file():
+        return CheckpointMeta(incomplete="it is an output of pma that is still being sent")
     module = _format_of(path)
     if module is None:
         return CheckpointMeta(incomplete="no weights are there yet")
@@ -81,7 +93,16 @@ def read_meta(path: Path) -> CheckpointMeta:
 def plan_layout(
     tensors: Mapping[str, TensorSpec], like: CheckpointReader | None, to: str | None = None
 ) -> Layout:
-    """Where an output's tensors go, in the format named `to`, or in that of `like`."""
-    wanted = to or (like.format if like is not None else None)
-    module = next(module for module in _formats() if wanted == module.FORMAT)
-    return module.plan_layout(tensors, like if like is not None and like.format == wanted else None)
+    """Where an output's tensors go, in the format named `to`, or in that of `like`. Raises UsageError for a
+    name that no format has.
+
+    `like` tells more of the output where it is of the same format, or of one that the output's names in
+    `LIKE`.
+    """
+    wanted = _ALSO_NAMED.get(to, to) if to is not None else like.format if like is not None else None
+    module = next((module for module in _formats() if wanted == module.FORMAT), None)
+    if module is None:
+        known = sorted({module.FORMAT for module in _formats()} | _ALSO_NAMED.keys())
+        raise UsageError(f"--to {wanted}: there are {', '.join(known)}")
+    understood = getattr(module, "LIKE", (module.FORMAT,))
+    return module.plan_layout(tensors, like if like is not None and like.format in understood else None)

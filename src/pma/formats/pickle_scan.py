@@ -200,7 +200,7 @@ def _opcode_name(opcode: int) -> str:
 
 
 def _dotted(data: bytes, module_at: int, name_at: int, where: str) -> str:
-    if module_at == name_at:  # opcode GLOBAL: two lines
+    if data[module_at : module_at + 1] == pickle.GLOBAL:  # two lines
         middle = data.index(b"\n", module_at)
         module, name = data[module_at + 1 : middle], data[middle + 1 : data.index(b"\n", middle + 1)]
     else:

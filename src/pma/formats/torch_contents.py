@@ -112,7 +112,7 @@ def weights_in(found: Contents, where: str) -> Iterator[tuple[str, StoredTensor]
             if not isinstance(name, str):
                 raise FormatError(f"{where}: a tensor is named by a {type(name).__name__}, expected text")
             yield name, tensor
-        elif any(True for _ in _tensors(tensor, "", where, 0)):
+        elif any(True for _ in tensors_in(tensor, "", where, 0)):
             raise FormatError(
                 f"{where}: {printable(str(name))} is no tensor but holds some; expected one level of names"
             )
@@ -121,7 +121,7 @@ def weights_in(found: Contents, where: str) -> Iterator[tuple[str, StoredTensor]
 def others_in(found: Contents, where: str) -> Iterator[tuple[str, StoredTensor]]:
     """Every other tensor, named by its way from the top, such as `optimizer_states/0/state/1/exp_avg`."""
     for key, entry in found.rest.items():
-        yield from _tensors(entry, str(key), where, 0)
+        yield from tensors_in(entry, str(key), where, 0)
 
 
 def role_of(name: str) -> Role:
@@ -129,7 +129,7 @@ def role_of(name: str) -> Role:
     return Role.MOMENT if name.rpartition("/")[2] in _MOMENTS else Role.OTHER
 
 
-def _tensors(
+def tensors_in(
     value: Any, path: str, where: str, depth: int, seen: set[int] | None = None
 ) -> Iterator[tuple[str, StoredTensor]]:
     """Tensors in a value; what it holds several times is looked into once."""
@@ -141,7 +141,7 @@ def _tensors(
             raise FormatError(f"{where}: values are nested too deeply")
         seen.add(id(value))
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _tensors(entry, f"{path}/{key}", where, depth + 1, seen)
+            yield from tensors_in(entry, f"{path}/{key}", where, depth + 1, seen)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,11 +165,11 @@ def rebuilt(found: Contents, tensors: Mapping[str, TensorSpec]) -> Rebuilt:
     made: dict[Any, Any] = {}
     missing: list[str] = []
     for key, entry in found.rest.items():
-        kept = None if not training and key in _TRAINING else _kept(entry, str(key), tensors)
-        if kept is None and entry is not None:
+        copy = None if not training and key in _TRAINING else kept(entry, str(key), tensors)
+        if copy is None and entry is not None:
             missing.append(str(key))
         else:
-            made[key] = kept
+            made[key] = copy
     made[_STATE if found.weights_at == _LIVE and not training else found.weights_at] = weights
     return Rebuilt(value=made, left_out=tuple(missing))
 
@@ -200,14 +200,14 @@ def _is_plain(value: Any) -> bool:
     return True
 
 
-def _kept(value: Any, path: str, tensors: Mapping[str, TensorSpec]) -> Any:
+def kept(value: Any, path: str, tensors: Mapping[str, TensorSpec]) -> Any:
     """An entry with its tensors placed; None where it is to be left out."""
     try:
-        kept = _placed(value, path, tensors, {}, 0)
-        encode(kept)
+        copy = _placed(value, path, tensors, {}, 0)
+        encode(copy)
     except CannotEncode:
         return None
-    return kept
+    return copy
 
 
 def _placed(

@@ -29,9 +29,13 @@ class CannotEncode(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class TensorPlace:
-    """Where a tensor goes in a value to be written, and what torch knew of it beside type and shape."""
+    """Where a tensor goes in a value to be written, and what torch knew of it beside type and shape.
+
+    `repeated_to`: the shape of a tensor that has the one stored element everywhere.
+    """
 
     spec: TensorSpec
+    repeated_to: tuple[int, ...] | None = None
     requires_grad: bool = False
     parameter: bool = False
 
@@ -156,7 +160,9 @@ class _Encoder:
         self.put(spec.element_count if typed else spec.length_bytes, depth)
         self._emit(b"tQ")
         self.put(0, depth)
-        for counts in (spec.shape, _row_major(spec.shape)):
+        repeated = place.repeated_to
+        shape, strides = spec.shape, _row_major(spec.shape)
+        for counts in (shape, strides) if repeated is None else (repeated, (0,) * len(repeated)):
             self.elements(counts, depth)
             self._emit(b"t")
         self.put(place.requires_grad and not place.parameter, depth)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from blake3 import blake3
 
 from pma.errors import FormatError, IncompleteError, printable
-from pma.formats.folder import LocalFolder
+from pma.formats.folder import Folder
 
 _END = struct.Struct("<4s4H2IH")
 _END_64 = struct.Struct("<4sQ2H2I4Q")
@@ -27,6 +27,7 @@ _WIDE_EXTRA = 1
 _EXTRA_BYTES = 192  # torch pads a local header to 64 bytes; one read gets it all
 _LARGEST_DIRECTORY_BYTES = 32 * 2**20
 _LARGEST_NAME_BYTES = 4096
+_DENSE_BYTES, _WINDOW_BYTES = 2**14, 2**18
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +46,7 @@ class ZipDirectory:
     digest: str
 
 
-def read_directory(folder: LocalFolder, file: str, start: int, stop: int) -> ZipDirectory:
+def read_directory(folder: Folder, file: str, start: int, stop: int) -> ZipDirectory:
     """The members of the archive at bytes `start` to `stop` of a file.
 
     Raises FormatError for anything that torch would not write, IncompleteError where the end is missing.
@@ -62,13 +63,12 @@ def read_directory(folder: LocalFolder, file: str, start: int, stop: int) -> Zip
     listed = _members(data, count, where)
     members: dict[str, Member] = {}
     end = start
+    headers = _Headers(folder, file, directory_at, dense=directory_at - start < count * _DENSE_BYTES)
     for name, local_at, length_bytes in sorted(listed, key=lambda row: row[1]):
         at = start + local_at
         if at < end:
             raise FormatError(f"{where}: member {printable(name)} overlaps the one before it")
-        header = _read(
-            folder, file, at, min(_LOCAL.size + len(name.encode()) + _EXTRA_BYTES, directory_at - at)
-        )
+        header = headers.read(at, _LOCAL.size + len(name.encode()) + _EXTRA_BYTES)
         begins = at + _local_length(header, name, length_bytes, where)
         end = begins + length_bytes
         if end > directory_at:
@@ -80,13 +80,30 @@ def read_directory(folder: LocalFolder, file: str, start: int, stop: int) -> Zip
     return ZipDirectory(members=members, digest=digest.hexdigest())
 
 
-def _read(folder: LocalFolder, file: str, offset_bytes: int, length_bytes: int) -> bytes:
+class _Headers:
+    """Reads headers in ascending order; where members are small, many headers at once."""
+
+    def __init__(self, folder: Folder, file: str, stop: int, *, dense: bool) -> None:
+        self._folder, self._file, self._stop = folder, file, stop
+        self._least_bytes = _WINDOW_BYTES if dense else 0
+        self._data, self._at = b"", 0
+
+    def read(self, at: int, length_bytes: int) -> bytes:
+        """Bytes from `at`, fewer at the end."""
+        length = min(length_bytes, self._stop - at)
+        if not self._at <= at <= at + length <= self._at + len(self._data):
+            window = min(max(length, self._least_bytes), self._stop - at)
+            self._data, self._at = _read(self._folder, self._file, at, window), at
+        return self._data[at - self._at : at - self._at + max(length, 0)]
+
+
+def _read(folder: Folder, file: str, offset_bytes: int, length_bytes: int) -> bytes:
     data = bytearray(max(length_bytes, 0))
     folder.read(file, offset_bytes, [memoryview(data)])
     return bytes(data)
 
 
-def _find(folder: LocalFolder, file: str, start: int, stop: int, where: str) -> tuple[int, int, int]:
+def _find(folder: Folder, file: str, start: int, stop: int, where: str) -> tuple[int, int, int]:
     """Where the directory lies in the file, its length, and how many members it lists."""
     tail_at = max(stop - _END.size - _LOCATOR_64.size - _END_64.size, start)
     tail = _read(folder, file, tail_at, stop - tail_at)

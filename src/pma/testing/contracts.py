@@ -24,7 +24,7 @@ from pma.errors import FormatError, IncompleteError
 from pma.formats.contracts import CheckpointReader, ReadRequest, requests_for
 from pma.formats.folder_writer import FolderWriter
 from pma.testing.builders import Raw, random_raw
-from pma.types import DType, Layout, TensorSpec
+from pma.types import DType, Fragment, Layout, TensorSpec
 
 SAMPLE = (
     random_raw("embed.weight", DType.BF16, (33, 16), seed=1),
@@ -236,10 +236,10 @@ class WriterContract:
         ]
         for file in layout.files:
             for fragment in file.fragments:
-                whole = data[fragment.tensor]
-                for start in range(0, len(whole), piece_bytes):
+                part = _held(data[fragment.tensor], layout.tensors[fragment.tensor], fragment)
+                for start in range(0, len(part), piece_bytes):
                     pieces.append(
-                        (file.name, fragment.offset_bytes + start, whole[start : start + piece_bytes])
+                        (file.name, fragment.offset_bytes + start, part[start : start + piece_bytes])
                     )
         return pieces
 
@@ -252,3 +252,14 @@ class WriterContract:
         part.sync()
         part.close()
         writer.finish()
+
+
+def _held(whole: bytes, spec: TensorSpec, fragment: Fragment) -> bytes:
+    """What a fragment holds of a tensor."""
+    width = spec.dtype.bits // 8
+    if fragment.box is None:
+        start = (fragment.flat_start or 0) * width
+        return whole[start : start + fragment.length_bytes]
+    starts, sizes = fragment.box
+    inside = tuple(slice(a, a + n) for a, n in zip(starts, sizes, strict=True))
+    return np.frombuffer(whole, np.uint8).reshape(*spec.shape, width)[inside].tobytes()
