@@ -154,6 +154,17 @@ def divide_and_cast(accumulator: Any, out: Any, divisor: Any) -> Any:
 
 
 @_compiled
+def read_runs(descriptor: int, offsets_R: Any, places_R: Any, lengths_R: Any, out: Any) -> int:
+    """Read from each byte offset of an open file so many bytes to their place in `out`."""
+    for r in range(len(offsets_R)):
+        length = lengths_R[r]
+        into = out[places_R[r] : places_R[r] + length].ctypes
+        if _pread(descriptor, into, np.uint64(length), np.int64(offsets_R[r])) != length:
+            return READ_FAILED
+    return DONE
+
+
+@_compiled
 def read_and_average(
     descriptors_N: Any,
     offsets_N: Any,

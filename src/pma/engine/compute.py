@@ -17,7 +17,17 @@ from numpy.typing import NDArray
 
 from pma.averaging import AT_ONCE
 from pma.averaging.accumulate import STORAGE, accumulator_dtype, add, finish
-from pma.averaging.kernels import ABSENT, FIRST, LATER, NOT_FINITE, READ_FAILED, STOPPED, read_and_average
+from pma.averaging.kernels import (
+    ABSENT,
+    DONE,
+    FIRST,
+    LATER,
+    NOT_FINITE,
+    READ_FAILED,
+    STOPPED,
+    read_and_average,
+    read_runs,
+)
 from pma.engine.blocks import CHUNK_BYTES, Block, Piece, Policy, Span
 from pma.engine.read_ahead import ReadAhead
 from pma.engine.segments import Segments
@@ -96,7 +106,8 @@ class BlockWorker:
         """Fill `into` with a source's bytes of a span, from byte `start` on."""
         if self._ahead is None or not self._ahead.take(block, index, number, start, into):
             reader = self._readers[number]
-            reader.read_many(segments.requests(reader, start, start + len(into), _view(into)))
+            if segments.count(reader) < _MOST_CUTS or not _gathered(segments, reader, start, into):
+                reader.read_many(segments.requests(reader, start, start + len(into), _view(into)))
         self.bytes_read += len(into)
 
     def _average_directly(self, span: Span, wanted: Sequence[int]) -> bool:
@@ -223,6 +234,21 @@ def on_pages(count: int, length_bytes: int) -> Buffer:
     return np.frombuffer(memory, np.uint8).reshape(count, length_bytes)
 
 
+def _gathered(segments: Segments, reader: CheckpointReader, start: int, into: Buffer) -> bool:
+    """Fill `into` from many small pieces of local files, without the interpreter between them: a shard in
+    columns has one for each row. False where that cannot be done.
+    """
+    for file, place_R, length_R, offset_R in segments.runs(reader, start, start + len(into)):
+        first = int(offset_R.min())
+        descriptor = reader.descriptor(file, first, int((offset_R + length_R).max()) - first)
+        if descriptor is None:
+            return False
+        with descriptor as number:
+            if read_runs(np.int32(number), offset_R, place_R, length_R, into) != DONE:
+                return False  # reading again by requests finds out why
+    return True
+
+
 def _places(
     segments: Segments, readers: Sequence[CheckpointReader], start: int, stop: int, opened: ExitStack
 ) -> list[tuple[int, int]] | None:
@@ -244,6 +270,7 @@ def load_kernels(types: Iterable[tuple[DType, DType]]) -> None:
     would.
     """
     none = np.empty(0, np.int64)
+    read_runs(np.int32(0), none, none, none, np.empty(0, np.uint8))
     for dtype_in, dtype_out in types:
         if DType.F16 not in (dtype_in, dtype_out):
             wide = accumulator_dtype(dtype_in)

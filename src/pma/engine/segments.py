@@ -52,17 +52,35 @@ class Segments:
     ) -> list[ReadRequest]:
         """Requests that fill `into` with bytes `start` to `stop` of the span."""
         found = self._of(reader)
-        first = int(np.searchsorted(found.start_R, start, side="right")) - 1
-        last = int(np.searchsorted(found.start_R, stop, side="left"))
-        requests = []
-        for r in range(max(first, 0), last):
-            begin, length = int(found.start_R[r]), int(found.length_R[r])
-            low, high = max(start, begin), min(stop, begin + length)
-            offset = int(found.offset_R[r]) + low - begin
-            part = into[low - start : high - start]
-            file = found.files[found.file_R[r]]
-            requests.append(ReadRequest(file=file, offset_bytes=offset, into=part))
-        return requests
+        columns = self._between(found, start, stop)
+        return [
+            ReadRequest(file=found.files[file], offset_bytes=offset, into=into[place : place + length])
+            for file, place, length, offset in zip(*(column.tolist() for column in columns), strict=True)
+        ]
+
+    def runs(
+        self, reader: CheckpointReader, start: int, stop: int
+    ) -> list[tuple[str, Integers, Integers, Integers]]:
+        """The same by file, as arrays: places counted from `start`, lengths and offsets, in bytes."""
+        found = self._of(reader)
+        file_R, place_R, length_R, offset_R = self._between(found, start, stop)
+        chosen = [(found.files[file], file_R == file) for file in np.unique(file_R)]
+        return [(file, place_R[mine], length_R[mine], offset_R[mine]) for file, mine in chosen]
+
+    def count(self, reader: CheckpointReader) -> int:
+        """In how many pieces the whole span lies."""
+        return len(self._of(reader).start_R)
+
+    def _between(
+        self, found: _Segments, start: int, stop: int
+    ) -> tuple[Integers, Integers, Integers, Integers]:
+        """Segments cut to bytes `start` to `stop` of the span: file, place from `start`, length, offset."""
+        first = max(int(np.searchsorted(found.start_R, start, side="right")) - 1, 0)
+        inside = slice(first, int(np.searchsorted(found.start_R, stop, side="left")))
+        begin_R = found.start_R[inside]
+        low_R = np.maximum(begin_R, start)
+        high_R = np.minimum(begin_R + found.length_R[inside], stop)
+        return found.file_R[inside], low_R - start, high_R - low_R, found.offset_R[inside] + low_R - begin_R
 
     def _of(self, reader: CheckpointReader) -> _Segments:
         if reader.layout_digest not in self._known:
