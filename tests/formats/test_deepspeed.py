@@ -246,7 +246,9 @@ def test_the_newest_optimizer_is_carried(tmp_path: Path) -> None:
             assert torch.equal(torch.load(out / "zero" / name / f"{kind}.pt")["param"], of[name])
         assert torch.load(out / "zero" / name / "step.pt") == 30
     state = torch.load(out / "zero" / "optimizer_state.pt", weights_only=False, pickle_module=Stand)
-    assert [group["lr"] for group in state["param_groups"]] == [0.5, 0.5]
+    assert [group["lr"] for group in state["param_groups"][:2]] == [0.5, 0.5]
+    # DeepSpeed pairs them with its own groups, and would not load those without a partner
+    assert state["param_groups"][2:] == [{}] * 254
     assert state["optimizer_state_dict"]["state"][0]["step"] == 30
     assert state["ds_version"] == "0.19.8"
     assert not state.keys() & {"base_optimizer_state", "single_partition_of_fp32_groups"}
@@ -316,7 +318,7 @@ def test_counts_that_are_numbers(tmp_path: Path) -> None:
     run(tmp_path / "run", 2, optimizer={"base_optimizer_state": inner})
     out = merged(tmp_path / "run", tmp_path / "out")
     state = torch.load(out / "zero" / "optimizer_state.pt", weights_only=False, pickle_module=Stand)
-    assert [group["step"] for group in state["param_groups"]] == [0, 0]
+    assert [group["step"] for group in state["param_groups"][:2]] == [0, 0]
     assert state["optimizer_state_dict"]["state"][0]["step"] == 0
     assert not (out / "zero" / "one" / "step.pt").exists()
 
