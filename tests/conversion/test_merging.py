@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -17,6 +19,7 @@ from pma import engine
 from pma.cli import app
 from pma.engine import MergeOptions
 from pma.errors import UsageError
+from pma.testing.distributed import torchrun
 
 from .models import FAMILIES, TOKENS, assert_same_logits, source, template
 from .trainers import (
@@ -29,6 +32,7 @@ from .trainers import (
 )
 
 SOURCES = 3
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def pma(*arguments: object, status: int = 0) -> Any:
@@ -78,6 +82,42 @@ def test_a_merge_of_megatron_checkpoints_is_a_model_of_transformers(tmp_path: Pa
     like = template(tmp_path / "like", "mixtral", sizes, weights=True)
     pma("merge", *paths, "--as-given", "--like", like, "--out", tmp_path / "merged")
     assert_same_logits(logits_of(tmp_path / "merged"), megatron_logits(mean(models), sizes, TOKENS))
+
+
+def test_a_run_of_sharded_checkpoints(tmp_path: Path) -> None:
+    """torchtitan's DCP, saved by torch with its optimizer on two ranks, then on three."""
+    sizes = FAMILIES["qwen3_moe"]
+    models = [random_weights(titan_shapes(sizes), seed=seed) for seed in range(3)]
+    folder = tmp_path / "dump" / "checkpoint"
+    for step, ranks, model in zip((10, 20, 30), (2, 2, 3), models, strict=True):
+        tensors = source(tmp_path / f"plain-{step}", model) / "model.safetensors"
+        torchrun(FIXTURES / "save_sharded.py", ranks, tensors, folder / f"step-{step}", step)
+    like = template(tmp_path / "like", "qwen3_moe", sizes, weights=False)
+    pma("merge", folder, "--last", 3, "--like", like, "--out", tmp_path / "merged")
+    assert_same_logits(logits_of(tmp_path / "merged"), titan_logits(mean(models), sizes, TOKENS))
+    found = engine.verify(tmp_path / "merged", samples=None)
+    assert (found.findings, found.sources_changed) == ((), ())
+    assert found.blocks_derived == found.blocks_total
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")  # saving from one process
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_megatrons_arguments_are_heeded(tmp_path: Path, interleaved: bool) -> None:
+    """Its tensors do not tell in which order the rotary embedding takes rows; the run's arguments do."""
+    sizes = FAMILIES["llama"]
+    weights = random_weights(megatron_shapes(sizes))
+    folder = tmp_path / "run" / "iter_0000010"
+    dcp.save({**stacked(weights, sizes), "optimizer.state.x": torch.zeros(3)}, checkpoint_id=folder)
+    arguments = Namespace(rotary_interleaved=interleaved, consumed_train_samples=40, seq_length=16)
+    torch.save({"args": arguments, "iteration": 10}, folder / "common.pt")
+    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
+    like = template(tmp_path / "like", "llama", sizes, weights=False)
+    merge = ("merge", folder, "--as-given", "--like", like, "--out", tmp_path / "merged")
+    if interleaved:
+        assert "was trained with --rotary-interleaved" in pma(*merge, status=3).stderr
+    else:
+        pma(*merge)
+        assert_same_logits(logits_of(tmp_path / "merged"), megatron_logits(weights, sizes, TOKENS))
 
 
 def test_the_order_of_merging_and_converting_does_not_matter(tmp_path: Path) -> None:

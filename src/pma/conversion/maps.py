@@ -64,7 +64,8 @@ class Map:
     """Rules for model types `models` (empty: any). `name`: of a built-in map, or the path of a file.
 
     `identity`: tensors keep their names. `prefixes`: what may stand before every source's name. `unused`:
-    patterns of source tensors that a model can do without; `facts`: names and keys of the configuration.
+    patterns of source tensors that a model can do without; `refused`: arguments of the trainer that must not
+    have been given, because the tensors do not tell; `facts`: names and keys of the configuration.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Map:
     prefixes: tuple[str, ...]
     identity: bool
     unused: tuple[str, ...]
+    refused: tuple[str, ...]
     facts: Mapping[str, str]
     rules: tuple[Rule, ...]
 
@@ -119,7 +121,7 @@ def parse_map(text: bytes, path: Path) -> Map:
             value = tomllib.loads(text.decode("utf-8"))
         except (ValueError, RecursionError) as error:
             raise FormatError(f"{where} is not valid TOML: {printable(str(error))}") from error
-    _check_keys(value, {"models", "prefixes", "identity", "unused", "facts", "rule"}, where)
+    _check_keys(value, {"models", "prefixes", "identity", "unused", "refused", "facts", "rule"}, where)
     identity, rules = value.get("identity", False), value.get("rule", [])
     facts = value.get("facts", {})
     if type(identity) is not bool or not isinstance(rules, list) or not (identity or rules):
@@ -133,6 +135,7 @@ def parse_map(text: bytes, path: Path) -> Map:
         prefixes=tuple(_texts(value, "prefixes", where)) or ("",),
         identity=identity,
         unused=tuple(_texts(value, "unused", where)),
+        refused=tuple(_texts(value, "refused", where)),
         facts=facts,
         rules=tuple(_rule(rule, f"{where}, rule {n}") for n, rule in enumerate(rules, 1)),
     )
