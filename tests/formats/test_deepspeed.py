@@ -340,6 +340,29 @@ def test_conversion_without_a_source_of_deepspeed(tmp_path: Path) -> None:
         formats.plan_layout({**specs, "extra": stray}, None, to="deepspeed-universal")
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_run_in_a_store(tmp_path: Path, stage: int) -> None:
+    import fsspec
+
+    from pma.remote import location
+
+    sources = run(tmp_path / "run", stage)
+    store = fsspec.filesystem("memory")
+    store.put(str(tmp_path / "run"), f"/zero{stage}", recursive=True)
+    try:
+        points = trajectory.resolve([location(f"memory://zero{stage}")]).points
+        assert [point.step for point in points] == [10, 20, 30]
+        with engine.plan(points, MergeOptions(with_optimizer=True)) as plan:
+            engine.write(plan, tmp_path / "out")
+    finally:
+        store.rm(f"/zero{stage}", recursive=True)
+    for name in SHAPES:
+        saved = torch.load(tmp_path / "out" / "zero" / name / "fp32.pt")["param"]
+        assert torch.equal(saved, mean(sources, name))
+        moment = torch.load(tmp_path / "out" / "zero" / name / "exp_avg.pt")["param"]
+        assert torch.equal(moment, sources[-1].moments["exp_avg"][name])
+
+
 def test_a_run_is_found(tmp_path: Path) -> None:
     run(tmp_path / "run", 2)
     points = trajectory.resolve([tmp_path / "run"]).points
