@@ -38,6 +38,7 @@ class Job:
     tied: bool = False
     elastic: bool = False
     tag: str | None = None
+    scheduled: bool = True
     report: str = ""
 
 
@@ -70,12 +71,14 @@ def engine_for(job: Job, *, universal: bool) -> Any:
         "train_micro_batch_size_per_gpu": 2,
         "zero_optimization": {"stage": job.stage},
         "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
-        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.01, "warmup_num_steps": 4}},
         "gradient_clipping": 1.0,
         "steps_per_print": 1000000,
     }
     if job.stage == 3:
         config["zero_optimization"] |= {"sub_group_size": 3000, "stage3_param_persistence_threshold": 0}
+    if job.scheduled:
+        warmup = {"warmup_max_lr": 0.01, "warmup_num_steps": 4}
+        config["scheduler"] = {"type": "WarmupLR", "params": warmup}
     if job.elastic:
         config["zero_optimization"]["elastic_checkpoint"] = True
     if job.precision != "fp32":

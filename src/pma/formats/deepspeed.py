@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -283,16 +284,15 @@ def _partitions(
 
 
 def _meta(folder_path: Path) -> CheckpointMeta:
-    folder = open_folder(folder_path)
-    names = _names(folder)
-    model = read_model_states(folder, names.model[0])
-    first = read_optimizer_states(folder, names.optimizer[0])
-    if first.rank_count != len(names.optimizer):
-        raise IncompleteError(f"files of {len(names.optimizer)} of {first.rank_count} ranks are there")
-    for name in (*names.model[1:], *names.optimizer[1:]):
-        read_directory(
-            folder, name, 0, folder.size_bytes(name)
-        )  # stands at the end: what lacks it is cut short
+    with closing(open_folder(folder_path)) as folder:
+        names = _names(folder)
+        model = read_model_states(folder, names.model[0])
+        first = read_optimizer_states(folder, names.optimizer[0])
+        if first.rank_count != len(names.optimizer):
+            raise IncompleteError(f"files of {len(names.optimizer)} of {first.rank_count} ranks are there")
+        for name in (*names.model[1:], *names.optimizer[1:]):
+            # its zip directory stands at the end: a file that lacks it is cut short
+            read_directory(folder, name, 0, folder.size_bytes(name))
     return replace(model.meta, learning_rate=first.learning_rate, incomplete=_unnamed(folder_path))
 
 

@@ -35,6 +35,7 @@ _PREFIX = "optimizer."
 # the version of deepspeed whose reading this was tested with, for outputs without a source of DeepSpeed's
 _TESTED_VERSION = "0.19.8"
 _INFO, _INFO_VERSION = "universal_checkpoint_info", {"universal_checkpoint_version": 0.2}
+_GROUPS_AT_LEAST = 256
 _LARGEST_EMBEDDED_BYTES = 2**20
 _LONGEST_NAME_BYTES = 255
 _EMBEDDED = "\0"  # begins the names of tensors of training state, which are read when planned
@@ -98,7 +99,7 @@ def _nothing_known(tensors: Mapping[str, TensorSpec]) -> TrainingState:
         trained=trained.keys(),
         model=model,
         optimizer={},
-        groups=[{}],
+        groups=[],
         steps=dict.fromkeys(trained, zero),
     )
 
@@ -190,8 +191,12 @@ class _Planner:
         groups = self._entries({"groups": list(self._state.groups)}).value.get("groups", [])
         if not self._resumes:
             groups = [{**group, STEP: 0} if STEP in group else group for group in groups]
+        # stages 1 and 2 pair these with groups of their own and load the parameters of those that find a
+        # partner: for too few they would silently begin the others from scratch; one without settings is
+        # harmless
+        groups = [*groups, *({} for _ in range(_GROUPS_AT_LEAST - len(groups)))]
         step = self._step(next(self.trained))
-        inner = {"state": {0: {STEP: step.value}}, "param_groups": groups or [{}]}
+        inner = {"state": {0: {STEP: step.value}}, "param_groups": groups[:1]}
         # stage 3 does not write the version here, stages 1 and 2 do not read a file without
         version = {"ds_version": self._state.model.get("ds_version") or _TESTED_VERSION}
         value = {**version, **known.value, "param_groups": groups, "optimizer_state_dict": inner}

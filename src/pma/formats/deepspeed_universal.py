@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -80,12 +81,12 @@ def open_reader(path: Path) -> UniversalReader:
 
 def read_meta(path: Path) -> CheckpointMeta:
     """Step and learning rate by DeepSpeed's records. What cannot be read is incomplete, with the reason."""
-    folder = open_folder(path)
     try:
-        model = read_model_states(folder, _model_file(path))
-        values = _optimizer_values(folder)[0]
-        for name in model.shapes:
-            folder.size_bytes(_file_of(name, MASTERS, str(path)))
+        with closing(open_folder(path)) as folder:
+            model = read_model_states(folder, _model_file(path))
+            values = _optimizer_values(folder)[0]
+            for name in model.shapes:
+                folder.size_bytes(_file_of(name, MASTERS, str(path)))
     except InputError as error:
         return CheckpointMeta(incomplete=str(error))
     groups = _groups(values)
