@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TypeVar
@@ -75,6 +76,9 @@ def fit(
     `exclude`: patterns of source tensors to leave out. Raises MismatchError that lists what does not fit.
     """
     candidates = [given] if given is not None else _built_in_for(template)
+    # where others are likelier by their names, a map is not worth a look at every tensor
+    shares = [max(_likeness(specs, template, one, prefix) for prefix in one.prefixes) for one in candidates]
+    candidates = [one for one, share in zip(candidates, shares, strict=True) if 2 * share >= max(shares)]
     fitting: list[Conversion] = []
     failed: list[tuple[Map, Problems]] = []
     for candidate in candidates:
@@ -115,11 +119,26 @@ def _built_in_for(template: Template) -> list[Map]:
     ]
 
 
+def _likeness(specs: Mapping[str, TensorSpec], template: Template, given: Map, prefix: str) -> float:
+    """The share of a map's rules whose first source is there."""
+    if given.identity:
+        wanted = [{prefix + name} for name in template.shapes or ()]
+    else:
+        rules = [rule for rule in given.rules if not rule.models or template.model_type in rule.models]
+        wanted = [
+            {prefix + filled_in(s, dict.fromkeys(maps.variables_of(s), 0)) for s in rule.sources}
+            for rule in rules
+        ]
+    return sum(not names.isdisjoint(specs) for names in wanted) / max(len(wanted), 1)
+
+
 def _with_any_prefix(
     specs: Mapping[str, TensorSpec], template: Template, given: Map, exclude: Sequence[str]
 ) -> tuple[Conversion, Problems]:
     """The fit with the prefix that leaves the fewest problems."""
-    tried = (_Fitting(specs, template, given, prefix, exclude) for prefix in given.prefixes)
+    likeness = [_likeness(specs, template, given, prefix) for prefix in given.prefixes]
+    prefixes = [p for p, share in zip(given.prefixes, likeness, strict=True) if 2 * share >= max(likeness)]
+    tried = (_Fitting(specs, template, given, prefix, exclude) for prefix in prefixes)
     best: _Fitting | None = None
     for one in tried:
         if best is None or one.problems.count < best.problems.count:
@@ -155,6 +174,7 @@ class _Fitting:
         self._ties: dict[str, str] = {}
         self._used: set[str] = set()
         self._told: set[str] = set()
+        self._known: dict[Hashable, tuple[Piece, tuple[int, ...]]] = {}
         if given.identity:
             self._keep_names()
         else:
@@ -274,15 +294,29 @@ class _Fitting:
     def _piece(
         self, rule: Rule, source: str, values: Mapping[str, int]
     ) -> tuple[TensorSpec, tuple[int, ...], Piece, bool]:
+        """The source's type and shape, the target's shape, the piece, and whether others fill the rest."""
         spec = self._specs[self._prefix + filled_in(source, values)]
-        left, right = rule.leading(source)
-        pattern = (rule.view or same(len(spec.shape) - len(left))).leading(left, right)
+        left, right = rule.unstacked(source), rule.stacked(source)
+        stacked_in, stacked_out = (tuple(self._facts[plural(v)] for v in names) for names in (left, right))
+        pattern = rule.view or same(len(spec.shape) - len(left))
         try:
-            seen, target, shape = apply(pattern, spec.shape, {**self._facts, **values})
+            if spec.shape[: len(left)] != stacked_in:
+                axes = ", ".join(f"{plural(v)} {n}" for v, n in zip(left, stacked_in, strict=True))
+                raise MismatchError(f"shape {spec.shape}, expected it to begin with {axes}")
+            inner = spec.shape[len(left) :]
+            used = tuple((name, values[name]) for name in sorted(pattern.bounds & values.keys()))
+            key = (id(rule), inner, used)
+            if key not in self._known:
+                seen, target, shape = apply(pattern, inner, {**self._facts, **values})
+                self._known[key] = piece_of("", seen, target), shape
         except MismatchError as error:
             self._used.add(spec.name)  # it has a place, and does not fit it
             raise MismatchError(f"{printable(spec.name)}: {error}") from None
-        return spec, shape, piece_of(spec.name, seen, target), pattern.fills_part
+        piece, shape = self._known[key]
+        in_source = _place(left, stacked_in, values) * math.prod(inner)
+        in_target = _place(right, stacked_out, values) * math.prod(shape)
+        part = pattern.fills_part or bool(right)
+        return spec, (*stacked_out, *shape), piece.moved(spec.name, in_target, in_source), part
 
     def _put(
         self,
@@ -319,6 +353,14 @@ class _Fitting:
     def _is_needless(self, name: str) -> bool:
         plain = name.removeprefix(self._prefix)
         return any(fnmatchcase(plain, pattern) for pattern in self._map.unused)
+
+
+def _place(variables: Sequence[str], sizes: Sequence[int], values: Mapping[str, int]) -> int:
+    """Index of the variables' values among all of their combinations, row-major."""
+    index = 0
+    for name, size in zip(variables, sizes, strict=True):
+        index = index * size + values[name]
+    return index
 
 
 def _listed(what: str, lines: Sequence[str]) -> str:
