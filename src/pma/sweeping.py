@@ -20,6 +20,7 @@ from pma.errors import FormatError, UsageError, printable
 from pma.evaluation.measures import TEXT, Measure, task_name
 from pma.formats.contracts import CheckpointReader
 from pma.quantities import Steps, Tokens, parse_distance
+from pma.remote import RemotePath
 from pma.results import Store, content_key
 from pma.trajectory import Trajectory, TrajectoryPoint, Window
 
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
 # an Evaluation or a TaskResult by the name of its measure
 Results = dict[str, Any]
 STORE_FILE = Path(".pma") / "results.sqlite"
+
+
+def store_beside(run: Path) -> Path:
+    """Where results of a run are kept: in it, or, of a run in a store, in the working folder."""
+    return STORE_FILE if isinstance(run, RemotePath) else run / STORE_FILE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from pma.engine.provenance import RECORD_FILE, load
 from pma.errors import InputError, UsageError
 from pma.evaluation.text import Document, read_documents
 from pma.quantities import Tokens, distance_flag
+from pma.remote import location
 from pma.trajectory import Phase, Preset, Trajectory, TrajectoryPoint, Window
 
 if TYPE_CHECKING:
@@ -248,7 +249,7 @@ def held_out_documents(texts: Sequence[Path], path: Path) -> list[Document]:
 def _source_runs(path: Path) -> list[Path]:
     if not (path / RECORD_FILE).is_file():
         return []
-    return [Path(str(load(path)["sources"][-1].get("path"))).parent]
+    return [location(str(load(path)["sources"][-1].get("path"))).parent]
 
 
 def newest(path: Path) -> Path:

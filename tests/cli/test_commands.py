@@ -320,11 +320,10 @@ FLAGS = {
     "--last --like --map --memory --pattern --preset --scheme --threads --to --weights --with-optimizer",
     "merge": "--allow-mixed-phases --allow-nonfinite --as-given --at --break-lock --copy --dtype --every "
     "--exclude --fresh --hash-sources --inside-run --json --last --like --map --measure-roofline --memory "
-    "--out --pattern --preset --scheme --sha256 --threads --to --weights --with-optimizer",
+    "--out --pattern --preset --scheme --sha256 --staging --threads --to --weights --with-optimizer",
     "sweep": "--allow-mixed-phases --allow-nonfinite --at --break-lock --cloze --context --copy --dtype "
-    "--every "
-    "--exclude --fresh --json --last --limit --memory --scheme --store --tasks --text --threads --weights "
-    "--write",
+    "--every --exclude --fresh --json --last --limit --memory --scheme --staging --store --tasks --text "
+    "--threads --weights --write",
     "verify": "--full --json --samples",
     "eval": "--annealed --at --cloze --context --every --json --last --limit --merge --preset --scheme "
     "--tasks --text --weights",
@@ -369,7 +368,7 @@ def test_the_root_offers_the_verbs_and_nothing_else() -> None:
 
     assert package.__all__ == [
         "Choice", "MergeOptions", "Steps", "Tokens", "Window", "__version__", "average", "discover",
-        "evaluate", "fork", "inspect", "merge", "plan", "pretrain", "verify",
+        "evaluate", "fork", "inspect", "location", "merge", "plan", "pretrain", "verify",
     ]  # fmt: skip
     for name in package.__all__:
         assert getattr(package, name) is not None

@@ -11,9 +11,10 @@ import typer
 from pma import engine, trajectory, verbs
 from pma.cli import options as flags
 from pma.cli.output import command, note, say, table
-from pma.cli.transfer import cost, show_cost, transfer
+from pma.cli.transfer import cost, sending, show_cost, transfer
 from pma.errors import printable
 from pma.quantities import bytes_text, count_text
+from pma.remote import location
 
 
 def register(app: typer.Typer) -> None:
@@ -25,7 +26,10 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A run or a checkpoint.", show_default=False)],
+    path: Annotated[
+        Path,
+        typer.Argument(parser=location, metavar="PATH", help="A run or a checkpoint.", show_default=False),
+    ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     pattern: flags.Pattern = None,
     json_output: flags.Json = False,
@@ -201,7 +205,12 @@ def _listed(names: list[str]) -> str:
 
 def merge(
     sources: flags.Sources,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The new folder.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", "-o", parser=location, metavar="PATH", help="The new folder.", show_default=False
+        ),
+    ],
     last: flags.Last = None,
     every: flags.Every = None,
     at: flags.At = None,
@@ -224,6 +233,7 @@ def merge(
     hash_sources: Annotated[
         bool, typer.Option("--hash-sources", help="Also record SHA-256 of the sources.")
     ] = False,
+    staging: flags.Staging = None,
     fresh: flags.Fresh = False,
     break_lock: flags.BreakLock = False,
     measure_roofline: flags.MeasureRoofline = False,
@@ -263,9 +273,11 @@ def merge(
     with verbs.plan(chosen, options) as planned:
         for path, reason in planned.left_out:
             note(f"left out: {path}: {reason}")
-        for warning in engine.check_output(planned, out, inside_run=inside_run):
+        for warning in engine.check_output(planned, out, inside_run=inside_run, staging=staging, fresh=fresh):
             note(f"warning: {warning}")
-        roofline = engine.measure_roofline(planned, out) if measure_roofline else None
+        roofline = (
+            engine.measure_roofline(planned, engine.built_at(out, staging)) if measure_roofline else None
+        )
         with transfer("merging", planned.bytes_to_write, as_json=json_output) as show:
             done = engine.write(
                 planned,
@@ -276,6 +288,8 @@ def merge(
                 fresh=fresh,
                 break_lock=break_lock,
                 progress=show,
+                staging=staging,
+                sending=sending(as_json=json_output),
             )
     result = {**asdict(done), "path": str(out), **cost(done, roofline)}
     if not json_output:
@@ -285,7 +299,12 @@ def merge(
 
 
 def verify(
-    out: Annotated[Path, typer.Argument(help="A folder that `pma merge` wrote.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            parser=location, metavar="OUT", help="A folder that `pma merge` wrote.", show_default=False
+        ),
+    ],
     samples: Annotated[
         int, typer.Option("--samples", min=0, help="Blocks to derive again from the sources; 0 for none.")
     ] = 16,

@@ -14,6 +14,7 @@ from pma.engine import MergeOptions
 from pma.engine.memory_budget import DEFAULT_MEMORY_BYTES
 from pma.errors import UsageError
 from pma.quantities import parse_bytes, parse_distance
+from pma.remote import location
 from pma.trajectory import Window
 from pma.types import DType
 from pma.verbs import Choice
@@ -23,7 +24,12 @@ if TYPE_CHECKING:
 
 Sources = Annotated[
     list[Path],
-    typer.Argument(metavar="RUN… | CHECKPOINT…", help="Runs, or checkpoints one by one.", show_default=False),
+    typer.Argument(
+        parser=location,
+        metavar="RUN… | CHECKPOINT…",
+        help="Runs, or checkpoints one by one; also URLs.",
+        show_default=False,
+    ),
 ]
 Last = Annotated[int | None, typer.Option("--last", metavar="N", help="Average the newest N checkpoints.")]
 Every = Annotated[
@@ -79,6 +85,14 @@ MixedPhases = Annotated[
 ]
 Nonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Go on where a source holds NaN or infinity.")
+]
+Staging = Annotated[
+    Path | None,
+    typer.Option(
+        "--staging",
+        metavar="DIR",
+        help="Where an output for a store is built; the temporary folder by default.",
+    ),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over instead of going on with an attempt.")]
 BreakLock = Annotated[

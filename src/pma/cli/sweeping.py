@@ -11,11 +11,12 @@ import typer
 from pma import engine, sweeping, verbs
 from pma.cli import options as flags
 from pma.cli.output import command, note, say, table
-from pma.cli.transfer import transfer
-from pma.engine import Plan
+from pma.cli.transfer import sending, transfer
+from pma.engine import How, Plan
 from pma.errors import MissingExtra, UsageError
 from pma.evaluation.measures import Measure, task_measure, text_measure
 from pma.quantities import bytes_text, parse_distance
+from pma.remote import location
 from pma.results import Store
 from pma.sweeping import Grid, Sweep
 
@@ -42,7 +43,10 @@ def sweep(
         str, typer.Option("--scheme", metavar="S,S,…", help="Schemes, as in pma merge.")
     ] = "sma",
     write: Annotated[
-        Path | None, typer.Option("--write", metavar="DIR", help="Write every merge into a folder of DIR.")
+        Path | None,
+        typer.Option(
+            "--write", parser=location, metavar="DIR", help="Write every merge into a folder of DIR."
+        ),
     ] = None,
     text: Annotated[
         list[Path] | None,
@@ -57,13 +61,16 @@ def sweep(
     weights: flags.TaskWeights = None,
     store: Annotated[
         Path | None,
-        typer.Option("--store", metavar="FILE", help="Where results are kept; RUN/.pma by default."),
+        typer.Option(
+            "--store", metavar="FILE", help="Where results are kept; RUN/.pma by default (of a URL: ./.pma)."
+        ),
     ] = None,
     dtype: flags.OutputDType = None,
     exclude: flags.Exclude = None,
     copy: flags.Copy = None,
     allow_mixed_phases: flags.MixedPhases = False,
     allow_nonfinite: flags.Nonfinite = False,
+    staging: flags.Staging = None,
     fresh: flags.Fresh = False,
     break_lock: flags.BreakLock = False,
     threads: flags.Threads = 2,
@@ -90,14 +97,17 @@ def sweep(
     with sweeping.planned(sources, grid, options) as planned:
         result = _announced(planned)
         if write is not None:
-            _write(planned, write, result, as_json=json_output, fresh=fresh, break_lock=break_lock)
+            how = How(
+                staging=staging, fresh=fresh, break_lock=break_lock, sending=sending(as_json=json_output)
+            )
+            _write(planned, write, result, how, as_json=json_output)
         if write is None or text or tasks:
             documents = verbs.held_out_documents(text or (), sources[0]) if text or not tasks else []
             with flags.prepared_tasks(tasks, limit, weights) as (ready, shares):
                 measures = [task_measure(task, context_tokens=context) for task in ready]
                 if documents:
                     measures.insert(0, text_measure(documents, cloze=cloze, context_tokens=context))
-                kept = store or (sources[0] / sweeping.STORE_FILE)
+                kept = store or sweeping.store_beside(sources[0])
                 _evaluate(planned, measures, shares, kept, context, result)
             if not json_output:
                 _show(result)
@@ -162,14 +172,13 @@ def _announce(kind: str, missing: Sequence[Plan], of: int, result: dict[str, Any
     result[f"{kind}_passes"], result[f"{kind}_bytes_to_read"] = passes, read
 
 
-def _write(
-    planned: Sweep, folder: Path, result: dict[str, Any], *, as_json: bool, fresh: bool, break_lock: bool
-) -> None:
+def _write(planned: Sweep, folder: Path, result: dict[str, Any], how: How, *, as_json: bool) -> None:
     missing = [plan for plan, _ in sweeping.unwritten(planned, folder)]
     _announce("writing", missing, result["distinct"], result)
     total = sum(plan.bytes_to_write for plan in missing)
     with transfer("writing", total, as_json=as_json) as show:
-        written = sweeping.write(planned, folder, fresh=fresh, break_lock=break_lock, progress=show)
+        how["progress"] = show
+        written = sweeping.write(planned, folder, **how)
     if not as_json:
         for path in sorted({path for _, path in written}):
             say(str(path))

@@ -17,6 +17,7 @@ from pma.engine import Merge, Roofline
 from pma.quantities import bytes_text
 
 _EVENT_SECONDS = 1.0
+_LINE_SECONDS = 10.0
 
 
 @contextmanager
@@ -47,6 +48,20 @@ def transfer(title: str, bytes_to_write: int, *, as_json: bool) -> Iterator[Call
                 show(state["bytes_written"], _words(state))
 
         yield bar
+
+
+def sending(*, as_json: bool) -> Callable[[int, int], None]:
+    """Call it with how many bytes of how many have arrived in a store: a line, or an event, now and then."""
+    last = [time.monotonic()]
+
+    def tell(sent: int, total: int) -> None:
+        now = time.monotonic()
+        if now - last[0] >= (_EVENT_SECONDS if as_json else _LINE_SECONDS):
+            last[0] = now
+            event = {"event": "sending", "bytes_sent": sent, "bytes_to_send": total}
+            note(json.dumps(event) if as_json else f"sent {bytes_text(sent)} of {bytes_text(total)}")
+
+    return tell
 
 
 class _Meter:
@@ -113,6 +128,8 @@ def show_cost(result: Mapping[str, Any]) -> None:
         f"wrote {bytes_text(result['bytes_written'])} at "
         f"{bytes_text(result['write_bytes_per_second'])}/s{resumed}"
     )
+    if result["send_seconds"]:
+        say(f"  sent {bytes_text(result['bytes_sent'])} in {result['send_seconds']:.1f} s")
     say(f"  {result['seconds']:.1f} s, peak memory {bytes_text(result['peak_memory_bytes'])}")
     if result["roofline_share"] is not None:
         say(

@@ -53,6 +53,10 @@ class ConvertedReader:
         return self.conversion.tensors
 
     @property
+    def is_remote(self) -> bool:
+        return self.inner.is_remote
+
+    @property
     def forget_after_reading(self) -> bool:
         return self.inner.forget_after_reading
 

@@ -1,6 +1,7 @@
 """plan -> stream -> commit: averaging checkpoints in bounded memory, each output whole or not there."""
 
-from pma.engine.commit import How, Merge, check_output, is_written, write
+from pma.engine.commit import How, Merge, is_written
+from pma.engine.delivery import built_at, check_output, write
 from pma.engine.memory import average
 from pma.engine.plan import MergeOptions, Plan, is_mixture_of_experts, parameter_count, plan
 from pma.engine.roofline import Roofline, measure_roofline
@@ -15,6 +16,7 @@ __all__ = [
     "Roofline",
     "Verification",
     "average",
+    "built_at",
     "bytes_to_read_by",
     "check_output",
     "is_mixture_of_experts",

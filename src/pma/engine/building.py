@@ -4,7 +4,6 @@ behind.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -107,7 +106,7 @@ class Building:
         self._writer.finish()
         for name, data in plan.side_files.items():
             self._writer.write_bytes(name, data)
-        origins = {name: os.path.realpath(beside / name) for name in plan.side_files}
+        origins = {name: str((beside / name).resolve()) for name in plan.side_files}
         value = provenance.record(plan, self.output.digests, self.folder, origins, add_sha256=sha256)
         if hash_sources:
             provenance.add_source_digests(value)

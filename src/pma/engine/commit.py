@@ -9,7 +9,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,7 @@ class Merge:
 
     `bytes_read` is what all merges that were made together read. `bytes_resumed` were there from an earlier
     attempt. `stream_seconds`: reading, averaging, digests and writing; `durable_seconds`: until it was on
-    disk.
+    disk. For an output in a store, `bytes_sent` were not there yet.
     """
 
     path: Path
@@ -60,6 +60,8 @@ class Merge:
     stream_seconds: float
     durable_seconds: float
     warnings: tuple[str, ...]
+    bytes_sent: int = 0
+    send_seconds: float = 0.0
 
 
 def check_output(plan: Plan, out: Path, *, inside_run: bool = False) -> tuple[str, ...]:
@@ -67,7 +69,19 @@ def check_output(plan: Plan, out: Path, *, inside_run: bool = False) -> tuple[st
     name.
     """
     refuse_existing(out)
-    target = Path(os.path.realpath(out))
+    refuse_inside_run(plan, out, inside_run=inside_run)
+    existing = existing_parent(out)
+    if not existing.is_dir():
+        raise UsageError(f"{out} cannot be made: {existing} is a file")
+    if not os.access(existing, os.W_OK):
+        raise UsageError(f"{out} cannot be made: {existing} is not writable")
+    check_room([(plan, out)])
+    return name_warnings(out)
+
+
+def refuse_inside_run(plan: Plan, out: Path, *, inside_run: bool) -> None:
+    """Raises UsageError for an output inside a source, or inside a run unless that is asked for."""
+    target = out.resolve()
     for folder in _as_named_and_as_resolved(plan):
         run = folder.parent
         inside_checkpoint = folder == target or folder in target.parents
@@ -76,12 +90,10 @@ def check_output(plan: Plan, out: Path, *, inside_run: bool = False) -> tuple[st
                 f"{out} lies inside the run {run}, whose trainer may resume from it or delete it; "
                 "choose a folder outside" + ("" if inside_checkpoint else ", or say --inside-run")
             )
-    existing = existing_parent(out)
-    if not existing.is_dir():
-        raise UsageError(f"{out} cannot be made: {existing} is a file")
-    if not os.access(existing, os.W_OK):
-        raise UsageError(f"{out} cannot be made: {existing} is not writable")
-    check_room([(plan, out)])
+
+
+def name_warnings(out: Path) -> tuple[str, ...]:
+    """What may be unwise about an output's name."""
     if _TRAINER_NAME.search(out.name):
         return (
             f"{out.name} is named like a trainer's checkpoint; keep it out of folders that trainers resume "
@@ -116,8 +128,7 @@ def _as_named_and_as_resolved(plan: Plan) -> set[Path]:
     leads.
     """
     paths = [source.point.path for source in plan.sources]
-    named = {Path(os.path.realpath(path.parent)) / path.name for path in paths}
-    return named | {Path(os.path.realpath(path)) for path in paths}
+    return {path.parent.resolve() / path.name for path in paths} | {path.resolve() for path in paths}
 
 
 def _is_run(folder: Path) -> bool:
@@ -137,6 +148,8 @@ class How(TypedDict, total=False):
     `inside_run`: also inside a run. `sha256` adds standard digests of the output, `hash_sources` of the
     sources, both by reading them again. `fresh` forgets an earlier attempt; `break_lock` takes the lease of
     another host's. `progress` hears of bytes moved. `save_seconds`: how often what is done is made durable.
+    For an output in a store: `staging` is the folder it is built in, and `sending` hears how many bytes of
+    how many are there.
     """
 
     inside_run: bool
@@ -146,6 +159,8 @@ class How(TypedDict, total=False):
     break_lock: bool
     progress: Progress | None
     save_seconds: float
+    staging: Path | None
+    sending: Callable[[int, int], None] | None
 
 
 def write(plan: Plan, out: Path, **how: Unpack[How]) -> Merge:

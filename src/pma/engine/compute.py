@@ -19,6 +19,7 @@ from pma.averaging import AT_ONCE
 from pma.averaging.accumulate import STORAGE, accumulator_dtype, add, finish
 from pma.averaging.kernels import ABSENT, FIRST, LATER, NOT_FINITE, READ_FAILED, STOPPED, read_and_average
 from pma.engine.blocks import CHUNK_BYTES, Block, Piece, Policy, Span
+from pma.engine.read_ahead import ReadAhead
 from pma.engine.segments import Segments
 from pma.engine.stopping import StopFlag
 from pma.engine.work import Recipe
@@ -46,7 +47,9 @@ class BlockWorker:
         tile_bytes: int,
         allow_nonfinite: bool = False,
         stop: StopFlag | None = None,
+        ahead: ReadAhead | None = None,
     ) -> None:
+        self._ahead = ahead
         self._readers, self._recipes = readers, recipes
         self._tile_bytes = tile_bytes
         self._allow_nonfinite = allow_nonfinite
@@ -65,24 +68,36 @@ class BlockWorker:
         for k in wanted:
             for offset, data in block.constants:
                 self._outs[k][offset : offset + len(data)] = np.frombuffer(data, np.uint8)
-        for span in block.spans:
+        for index, span in enumerate(block.spans):
             if span.policy is Policy.AVERAGE:
                 if not self._average_directly(span, wanted):
-                    self._average(span, wanted)
+                    self._average(block, index, wanted)
             else:
-                for k in wanted:
-                    self._copy(span, self._readers[self._recipes[k].newest], self._outs[k])
+                self._copy(block, index, wanted)
         return [(k, _view(self._outs[k][: block.length_bytes])) for k in wanted]
 
-    def _copy(self, span: Span, newest: CheckpointReader, out: Buffer) -> None:
-        into = _view(out[span.block_offset : span.block_offset + span.length_bytes])
-        newest.read_many(Segments(span).requests(newest, 0, span.length_bytes, into))
-        self.bytes_read += span.length_bytes
-        if span.dtype_in in STORAGE and not self._allow_nonfinite:
-            for piece in span.pieces:
-                found = _first_nonfinite(newest, piece)
-                if found is not None:
-                    raise _nonfinite(piece.tensor, newest, *found)
+    def _copy(self, block: Block, index: int, wanted: Sequence[int]) -> None:
+        span = block.spans[index]
+        segments = Segments(span)
+        for k in wanted:
+            number = self._recipes[k].newest
+            newest = self._readers[number]
+            out = self._outs[k][span.block_offset : span.block_offset + span.length_bytes]
+            self._read(block, index, segments, number, 0, out)
+            if span.dtype_in in STORAGE and not self._allow_nonfinite:
+                for piece in span.pieces:
+                    found = _first_nonfinite(newest, piece)
+                    if found is not None:
+                        raise _nonfinite(piece.tensor, newest, *found)
+
+    def _read(
+        self, block: Block, index: int, segments: Segments, number: int, start: int, into: Buffer
+    ) -> None:
+        """Fill `into` with a source's bytes of a span, from byte `start` on."""
+        if self._ahead is None or not self._ahead.take(block, index, number, start, into):
+            reader = self._readers[number]
+            reader.read_many(segments.requests(reader, start, start + len(into), _view(into)))
+        self.bytes_read += len(into)
 
     def _average_directly(self, span: Span, wanted: Sequence[int]) -> bool:
         """The same as `_average` in one compiled loop; False where that cannot do it, or failed to read."""
@@ -141,7 +156,8 @@ class BlockWorker:
         self.bytes_read += (stop - start) * len(needed) if outcome != READ_FAILED else 0
         return bool(outcome != READ_FAILED)
 
-    def _average(self, span: Span, wanted: Sequence[int]) -> None:
+    def _average(self, block: Block, index: int, wanted: Sequence[int]) -> None:
+        span = block.spans[index]
         width = span.dtype_in.bits // 8
         tile_elements = self._tile_bytes // width
         segments = Segments(span)
@@ -159,9 +175,7 @@ class BlockWorker:
                 for row, number in zip(self._rows, numbers, strict=False):
                     if self._stop.is_set():
                         raise Interrupted("stopped")
-                    reader = self._readers[number]
-                    reader.read_many(segments.requests(reader, start * width, stop * width, _view(row)))
-                    self.bytes_read += (stop - start) * width
+                    self._read(block, index, segments, number, start * width, row[: (stop - start) * width])
                 for k in wanted:
                     members = [(places[n], w) for n, w in self._recipes[k].members if n in places]
                     if members:

@@ -12,6 +12,11 @@ from pma.quantities import bytes_text
 DEFAULT_MEMORY_BYTES = 384 * 2**20
 LARGEST_TILE_BYTES = 2**19
 _SMALLEST_TILE_BYTES = 2**16
+#: what is read ahead of its use from stores, and how many requests for it are under way at once
+READ_AHEAD_BYTES = 128 * 2**20
+IN_FLIGHT = 16
+# the driver's code, and what it holds of the answers that are coming in
+_STORE_MEMORY_BYTES = 128 * 2**20
 # interpreter, numpy and the compiler behind the arithmetic; measured, see benchmarks/README.md
 _BASE_MEMORY_BYTES = 190 * 2**20
 _NAME_BYTES = 256
@@ -52,8 +57,11 @@ def merges_within(memory_bytes: int, threads: int, result_bytes: int = 0) -> int
     return max(1, room // each)
 
 
-def peak_memory_bytes(tile_bytes: int, threads: int, merges: int, names: int) -> int:
+def peak_memory_bytes(
+    tile_bytes: int, threads: int, merges: int, names: int, *, from_stores: bool = False
+) -> int:
     """What the process will take at most. `names`: tensors of all sources together, which readers index by
-    name.
+    name. `from_stores`: some of the sources are not on this machine.
     """
-    return _BASE_MEMORY_BYTES + names * _NAME_BYTES + threads * worker_bytes(tile_bytes, merges)
+    ahead = READ_AHEAD_BYTES + _STORE_MEMORY_BYTES if from_stores else 0
+    return _BASE_MEMORY_BYTES + names * _NAME_BYTES + threads * worker_bytes(tile_bytes, merges) + ahead

@@ -21,6 +21,7 @@ from pma.engine.memory_budget import DEFAULT_MEMORY_BYTES, peak_memory_bytes, ti
 from pma.errors import InputError, MismatchError, UsageError, printable
 from pma.formats import side_files
 from pma.formats.contracts import CheckpointReader
+from pma.remote import each_at_once
 from pma.trajectory import TrajectoryPoint
 from pma.types import DType, FileIdentity, Layout, Role, TensorSpec
 
@@ -114,7 +115,8 @@ class Plan:
     def peak_memory_bytes(self) -> int:
         workers = min(self.options.threads, max(len(self.blocks), 1))
         names = sum(len(reader.tensors) for reader in self.readers)
-        return peak_memory_bytes(self.tile_bytes, workers, merges=1, names=names)
+        from_stores = any(reader.is_remote for reader in self.readers)
+        return peak_memory_bytes(self.tile_bytes, workers, merges=1, names=names, from_stores=from_stores)
 
     def partition(self, parts: int) -> list[range]:
         """The numbers of the blocks in `parts` runs of about equal bytes; several processes can each stream
@@ -178,13 +180,12 @@ def plan(
     options = options or MergeOptions()
     weights = _weights(points, options, as_given=as_given)
     with ExitStack() as on_error:
-        readers = []
         opened = {} if opened is None else opened
-        for point in points:
-            if point.path not in opened:
-                opened[point.path] = formats.open_checkpoint(point.path)
-                on_error.callback(opened[point.path].close)
-            readers.append(opened[point.path])
+        missing = [path for path in dict.fromkeys(point.path for point in points) if path not in opened]
+        for path, reader in zip(missing, each_at_once(formats.open_checkpoint, missing), strict=True):
+            opened[path] = reader
+            on_error.callback(reader.close)
+        readers = [opened[point.path] for point in points]
         if options.like is not None:
             _check_match("--exclude", options.exclude, [name for r in readers for name in r.tensors])
             readers = converting.converted(readers, options.like, options.map, options.exclude)

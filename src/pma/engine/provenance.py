@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -22,6 +23,8 @@ from pma.engine.plan import Plan
 from pma.engine.stream import Digests
 from pma.errors import FormatError, IncompleteError, MismatchError, printable
 from pma.formats import strict_json
+from pma.formats.folder import chunks_of, open_folder
+from pma.remote import location
 
 RECORD_FILE = "pma.json"
 RECORD_VERSION = 1
@@ -109,7 +112,7 @@ def _output(plan: Plan, name: str, digests: Digests, sha256_of: Path | None) -> 
         "blake3_chunks": chunks,
     }
     if sha256_of is not None:
-        output["sha256"] = sha256(sha256_of / name)
+        output["sha256"] = sha256(sha256_of, name)
     return output
 
 
@@ -130,17 +133,20 @@ def root(chunks: list[str]) -> str:
     return blake3(b"".join(map(bytes.fromhex, chunks))).hexdigest()
 
 
-def sha256(path: Path) -> str:
-    """The file's SHA-256, by reading it again."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(path: Path, name: str) -> str:
+    """The SHA-256 of a file in a folder, by reading it again."""
+    digest = hashlib.sha256()
+    with closing(open_folder(path)) as folder:
+        for chunk in chunks_of(folder, name, folder.size_bytes(name)):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def add_source_digests(value: dict[str, Any]) -> None:
     """Add the SHA-256 of every source file to a record, by reading them again."""
     for source in value["sources"]:
         for file in source["files"]:
-            file["sha256"] = sha256(Path(source["folder"]) / file["name"])
+            file["sha256"] = sha256(location(source["folder"]), file["name"])
 
 
 def check_unchanged(plan: Plan) -> None:

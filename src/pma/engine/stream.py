@@ -5,7 +5,6 @@ in one go, for one merge or for several that share their reads.
 from __future__ import annotations
 
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from blake3 import blake3
 
 from pma.engine.blocks import Block
+from pma.engine.read_ahead import ReadAhead
 from pma.engine.stopping import StopFlag
 from pma.engine.work import Work
 from pma.errors import Interrupted
@@ -57,15 +57,18 @@ def stream(
     """
     queue = iter(range(len(work.blocks)) if numbers is None else numbers)
     stop = stop or StopFlag()
-    task = _Task(work, outputs, queue, stop, progress)
     _forget_what_does_not_fit(work.readers)
+    missing = _Missing(work, outputs, queue)
+    ahead = ReadAhead(work, iter(missing), missing.recipes, stop)
+    task = _Task(work, outputs, missing, ahead, stop, progress)
     pool = ThreadPoolExecutor(work.threads)
     try:
-        try:
-            _wait([pool.submit(task.run) for _ in range(work.threads)])
-        finally:
-            stop.set()
-            _join(pool)
+        with ahead:
+            try:
+                _wait([pool.submit(task.run) for _ in range(work.threads)])
+            finally:
+                stop.set()
+                _join(pool)
     except KeyboardInterrupt:
         raise Interrupted("interrupted while merging") from None
 
@@ -100,6 +103,23 @@ def _wait(workers: Sequence[Future[None]]) -> None:
         worker.result()
 
 
+class _Missing:
+    """The blocks that are not done in every output."""
+
+    def __init__(self, work: Work, outputs: Sequence[Output], queue: Iterator[int]) -> None:
+        self._work, self._outputs, self._queue = work, outputs, queue
+
+    def recipes(self, block: Block) -> list[int]:
+        """Numbers of the recipes that it is still to be made by."""
+        return [k for k, output in enumerate(self._outputs) if block.chunk not in output.digests]
+
+    def __iter__(self) -> Iterator[Block]:
+        for number in self._queue:
+            block = self._work.blocks[number]
+            if self.recipes(block):
+                yield block
+
+
 class _Task:
     """What the worker threads share."""
 
@@ -107,13 +127,13 @@ class _Task:
         self,
         work: Work,
         outputs: Sequence[Output],
-        queue: Iterator[int],
+        missing: _Missing,
+        ahead: ReadAhead,
         stop: StopFlag,
         progress: Progress | None,
     ) -> None:
-        self._work, self._outputs, self._queue = work, outputs, queue
+        self._work, self._outputs, self._missing, self._ahead = work, outputs, missing, ahead
         self._stop, self._progress = stop, progress
-        self._lock = threading.Lock()
 
     def run(self) -> None:
         """Take blocks until there are none, or `stop` is set."""
@@ -126,27 +146,18 @@ class _Task:
             tile_bytes=work.tile_bytes,
             allow_nonfinite=work.allow_nonfinite,
             stop=self._stop,
+            ahead=self._ahead,
         )
         while not self._stop.is_set():
-            block = self._next()
+            block = self._ahead.next()
             if block is None:
                 return
-            wanted = [k for k, output in enumerate(self._outputs) if block.chunk not in output.digests]
+            wanted = self._missing.recipes(block)
             before = worker.bytes_read
             for k, values in worker.make(block, wanted):
                 self._put(self._outputs[k], block, values)
             if self._progress is not None:
                 self._progress(worker.bytes_read - before, block.length_bytes * len(wanted))
-
-    def _next(self) -> Block | None:
-        while True:
-            with self._lock:
-                number = next(self._queue, None)
-            if number is None:
-                return None
-            block = self._work.blocks[number]
-            if any(block.chunk not in output.digests for output in self._outputs):
-                return block
 
     def _put(self, output: Output, block: Block, values: memoryview) -> None:
         digest = blake3(values).hexdigest()

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from pma.engine.blocks import Policy
-from pma.engine.commit import How, Merge, check_room, write_all
+from pma.engine.commit import How, Merge, check_room
+from pma.engine.delivery import write_all
 from pma.engine.memory import average_all
 from pma.engine.memory_budget import merges_within
 from pma.engine.plan import Plan
 from pma.engine.stream import Output, Progress, stream
 from pma.engine.work import alike, shared_work
+from pma.remote import RemotePath
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,12 +74,12 @@ def sweep_to_folders(targets: Sequence[tuple[Plan, Path]], **how: Unpack[How]) -
     """Write every plan to its new folder, in the order given; `how` as in `engine.write`. An interrupted
     sweep goes on.
     """
-    check_room([(plan, out) for plan, out in targets])
+    # what goes to a store leaves this machine after each pass
+    check_room([(plan, out) for plan, out in targets if not isinstance(out, RemotePath)])
     done: dict[int, Merge] = {}
     for numbers in passes([plan for plan, _ in targets], in_memory=False):
         together = [targets[number] for number in numbers]
-        work = shared_work([plan for plan, _ in together])
-        done |= zip(numbers, write_all(work, together, **how), strict=True)
+        done |= zip(numbers, write_all(together, **how), strict=True)
     return [done[number] for number in range(len(targets))]
 
 

@@ -4,7 +4,6 @@ the sources.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,9 +16,13 @@ from pma import conversion, formats
 from pma.engine import provenance
 from pma.engine.blocks import Block
 from pma.engine.plan import MergeOptions, Plan, plan
+from pma.engine.read_ahead import ReadAhead
+from pma.engine.stopping import StopFlag
 from pma.engine.work import work_of
 from pma.errors import FormatError, InputError, PmaError, printable
-from pma.formats.files import is_inside, open_file, read_exactly
+from pma.formats.files import is_inside
+from pma.formats.folder import chunks_of, open_folder
+from pma.remote import location
 from pma.trajectory import from_checkpoints
 from pma.types import DType
 
@@ -69,8 +72,10 @@ def verify(out: Path, *, samples: int | None = 16) -> Verification:
 
 def _rehash(out: Path, outputs: Sequence[dict[str, Any]]) -> tuple[list[str], int]:
     findings, hashed = [], 0
+    folder = open_folder(out)
     for output in outputs:
-        path = out / _name_inside(output["name"])
+        name = _name_inside(output["name"])
+        path = out / name
         if not path.is_file():
             findings.append(f"{path} is missing")
             continue
@@ -81,12 +86,12 @@ def _rehash(out: Path, outputs: Sequence[dict[str, Any]]) -> tuple[list[str], in
         chunk_bytes, chunks = output["chunk_bytes"], output["blake3_chunks"]
         if provenance.root(chunks) != output["blake3_root"]:
             findings.append(f"{path}: the digests in {provenance.RECORD_FILE} do not fit their root")
-        for number, data in enumerate(_chunks(path, size_bytes, chunk_bytes)):
+        for number, data in enumerate(chunks_of(folder, name, size_bytes, chunk_bytes)):
             hashed += 1
             if blake3(data).hexdigest() != chunks[number]:
                 start = number * chunk_bytes
                 where = f"block {number}, bytes {start} to {start + len(data)}"
-                names = _tensors_at(out, path.name, start, start + len(data))
+                names = _tensors_at(out, name, start, start + len(data))
                 findings.append(f"{path}: {where}{names}: not what was written")
     return findings, hashed
 
@@ -118,22 +123,18 @@ def _changed_small_files(out: Path, small_files: Sequence[dict[str, Any]]) -> li
     return findings
 
 
-def _chunks(path: Path, size_bytes: int, chunk_bytes: int) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(chunk_bytes))
-    for start in range(0, size_bytes, chunk_bytes):
-        data = buffer[: min(chunk_bytes, size_bytes - start)]
-        _read(path, start, data)
-        yield data
-
-
 def _changed_sources(sources: Sequence[dict[str, Any]]) -> Iterator[str]:
     for source in sources:
+        folder = open_folder(location(source["folder"]))
         for file in source["files"]:
-            found = Path(source["folder"]) / _name_inside(file["name"])
-            if not found.is_file():
-                yield f"{found} is gone"
-            elif (found.stat().st_size, found.stat().st_mtime_ns) != (file["size_bytes"], file["mtime_ns"]):
-                yield f"{found} has changed since"
+            name = _name_inside(file["name"])
+            try:
+                found = folder.status(name)
+            except InputError:
+                yield f"{folder.path / name} is gone"
+                continue
+            if found != (file["size_bytes"], file["mtime_ns"]):
+                yield f"{folder.path / name} has changed since"
 
 
 def _changed_conversion(value: dict[str, Any]) -> Iterator[str]:
@@ -156,7 +157,7 @@ def _planned_again(out: Path, value: dict[str, Any]) -> Plan:
 
     Raises FormatError where the record describes no merge, or another than the one that lies there.
     """
-    trajectory = from_checkpoints([Path(source["path"]) for source in value["sources"]], as_given=True)
+    trajectory = from_checkpoints([location(source["path"]) for source in value["sources"]], as_given=True)
     options = MergeOptions(
         weights=tuple(source["weight"] for source in value["sources"]),
         dtype=DType[value["dtype"]] if value["dtype"] else None,
@@ -180,34 +181,30 @@ def _derive(again: Plan, out: Path, numbers: Sequence[int]) -> list[str]:
     from pma.engine.compute import BlockWorker
 
     findings = []
-    work = work_of(again)
-    worker = BlockWorker(
-        work.readers, work.recipes, tile_bytes=work.tile_bytes, allow_nonfinite=work.allow_nonfinite
-    )
-    for block in map(again.blocks.__getitem__, numbers):
-        written = memoryview(bytearray(block.length_bytes))
-        try:
-            _read(out / block.file, block.offset_bytes, written)
-        except InputError as error:
-            findings.append(str(error))
-            continue
-        [(_, expected)] = worker.make(block)
-        if written != expected:
-            findings.append(
-                f"{out / block.file}: {_differing(block, written, expected)} (in block {block.chunk[1]}, "
-                f"bytes "
-                f"{block.offset_bytes} to {block.offset_bytes + block.length_bytes}) is not what the "
-                f"sources give"
-            )
+    work, folder = work_of(again), open_folder(out)
+    with ReadAhead(work, map(again.blocks.__getitem__, numbers), lambda block: [0], StopFlag()) as ahead:
+        worker = BlockWorker(
+            work.readers,
+            work.recipes,
+            tile_bytes=work.tile_bytes,
+            allow_nonfinite=work.allow_nonfinite,
+            ahead=ahead,
+        )
+        while (block := ahead.next()) is not None:
+            [(_, expected)] = worker.make(block)
+            written = memoryview(bytearray(block.length_bytes))
+            try:
+                folder.read(block.file, block.offset_bytes, [written])
+            except InputError as error:
+                findings.append(str(error))
+                continue
+            if written != expected:
+                stop = block.offset_bytes + block.length_bytes
+                findings.append(
+                    f"{out / block.file}: {_differing(block, written, expected)} (in block {block.chunk[1]}, "
+                    f"bytes {block.offset_bytes} to {stop}) is not what the sources give"
+                )
     return findings
-
-
-def _read(path: Path, offset_bytes: int, into: memoryview) -> None:
-    descriptor = open_file(path)
-    try:
-        read_exactly(descriptor, offset_bytes, [into], path)
-    finally:
-        os.close(descriptor)
 
 
 def _differing(block: Block, written: memoryview, expected: memoryview) -> str:

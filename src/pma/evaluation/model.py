@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pma.errors import InputError, MissingExtra, printable
 from pma.evaluation.scoring import Scorer
+from pma.formats.side_files import on_this_machine
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,8 +47,9 @@ def load_scorer(tensors: Mapping[str, Tensor], like: Path, *, context_tokens: in
 
     quiet_transformers()
     try:
-        config = AutoConfig.from_pretrained(like, local_files_only=True, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(like, local_files_only=True, trust_remote_code=False)
+        with on_this_machine(like) as folder:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             architecture = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
         model, info = architecture.from_pretrained(

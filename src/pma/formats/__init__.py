@@ -12,7 +12,7 @@ from re import Match
 from typing import cast
 
 from pma.errors import FormatError, UsageError
-from pma.formats.contracts import UNFINISHED_SUFFIX, CheckpointReader, FormatModule
+from pma.formats.contracts import UNFINISHED_FILE, UNFINISHED_SUFFIX, CheckpointReader, FormatModule
 from pma.types import CheckpointMeta, Layout, TensorSpec
 
 __all__ = [
@@ -82,6 +82,8 @@ def read_meta(path: Path) -> CheckpointMeta:
     """What the records of the checkpoint at `path` say, by the format that recognises it."""
     if any(part.endswith(UNFINISHED_SUFFIX) for part in (path.name, path.parent.name)):
         return CheckpointMeta(incomplete="it is an output of pma that is not finished")
+    if path.is_dir() and (path / UNFINISHED_FILE).is_file() and not (path / "pma.json").is_file():
+        return CheckpointMeta(incomplete="it is an output of pma that is still being sent")
     module = _format_of(path)
     if module is None:
         return CheckpointMeta(incomplete="no weights are there yet")

@@ -18,6 +18,8 @@ from pma.types import Box, CheckpointMeta, FileIdentity, Fragment, Layout, Tenso
 
 #: how the name of a folder ends whose output is not finished; nothing in it counts as a checkpoint
 UNFINISHED_SUFFIX = ".pma-partial"
+#: in a store, where nothing can be renamed: lies in an output until its `pma.json` is there
+UNFINISHED_FILE = ".pma-unfinished"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,10 @@ class CheckpointReader(Protocol):
     layout_digest: str
     #: set to leave no page of what was read in the system's cache, where the reader can
     forget_after_reading: bool
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether each read waits for a store, so that many should be under way at once."""
 
     @property
     def tensors(self) -> Mapping[str, TensorSpec]:

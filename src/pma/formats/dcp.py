@@ -20,7 +20,7 @@ from pma.formats.dcp_checkpoint import DcpReader
 from pma.formats.dcp_layout import fresh, is_training, part_layout
 from pma.formats.dcp_metadata import METADATA_FILE
 from pma.formats.dcp_profiles import ACCELERATE, OLMO_CORE, Profile, recognised
-from pma.formats.folder import LocalFolder
+from pma.formats.folder import Folder
 from pma.formats.torch_archive import read_archive
 from pma.types import CheckpointMeta, Layout, TensorSpec
 
@@ -155,7 +155,7 @@ def _olmo_meta(reader: Reader) -> CheckpointMeta:
     return CheckpointMeta(step=step, tokens=tokens, tokens_source=source)
 
 
-def _train_state(folder: LocalFolder) -> Mapping[str, Any]:
+def _train_state(folder: Folder) -> Mapping[str, Any]:
     try:
         value = read_archive(folder, _OLMO_STATE).value
     except FormatError:

@@ -20,7 +20,7 @@ from pma.formats import dcp_metadata
 from pma.formats.dcp_items import Items
 from pma.formats.dcp_metadata import LARGEST_METADATA_BYTES, METADATA_FILE, Metadata
 from pma.formats.dcp_profiles import Profile
-from pma.formats.folder import LocalFolder
+from pma.formats.folder import Folder, open_folder
 from pma.formats.reader import FileReader
 from pma.formats.runs import Runs, runs_of, whole_box
 from pma.formats.torch_archive import read_archive
@@ -33,7 +33,7 @@ _LARGEST_VALUE_BYTES = 16 * 2**20
 class Part:
     """One folder with a `.metadata`, `prefix` below the checkpoint ("" or "name/")."""
 
-    def __init__(self, folder: LocalFolder, prefix: str) -> None:
+    def __init__(self, folder: Folder, prefix: str) -> None:
         self.prefix = prefix
         name = prefix + METADATA_FILE
         if not (folder.path / name).is_file():
@@ -58,7 +58,7 @@ class DcpReader(FileReader):
     """
 
     def __init__(self, path: Path, prefixes: tuple[str, ...], profile: Profile | None) -> None:
-        folder = LocalFolder(path)
+        folder = open_folder(path)
         self.parts = [Part(folder, prefix) for prefix in prefixes]
         digests: dict[str, str] = {}
         for part in self.parts:

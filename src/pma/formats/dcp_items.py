@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pma.errors import FormatError, printable
 from pma.formats.dcp_metadata import ChunkedTensor
-from pma.formats.folder import LocalFolder
+from pma.formats.folder import Folder
 from pma.formats.torch_archive import StoredTensor, read_archive
 from pma.types import DType
 
@@ -42,7 +42,7 @@ class _Form:
 class Items:
     """The stored items of one folder: finds each one's data, asked for once."""
 
-    def __init__(self, folder: LocalFolder, files: tuple[str, ...]) -> None:
+    def __init__(self, folder: Folder, files: tuple[str, ...]) -> None:
         self._folder, self._files = folder, files
         self._forms: dict[Kind, _Form] = {}
 

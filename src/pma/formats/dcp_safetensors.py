@@ -20,7 +20,7 @@ from pma.errors import FormatError, printable
 from pma.formats import dcp, safetensors
 from pma.formats.contracts import CheckpointReader
 from pma.formats.dcp_boxes import check_cover
-from pma.formats.folder import LocalFolder
+from pma.formats.folder import open_folder
 from pma.formats.reader import FileReader
 from pma.formats.safetensors_header import read_header
 from pma.formats.strict_json import parse_object
@@ -66,7 +66,7 @@ class Reader(FileReader):
     format = FORMAT
 
     def __init__(self, path: Path) -> None:
-        folder = LocalFolder(path)
+        folder = open_folder(path)
         headers = {name: read_header(folder, name) for name in _shards(path)}
         super().__init__(path, folder, {name: header.digest for name, header in headers.items()})
         self._fragments: dict[str, list[Fragment]] = {}

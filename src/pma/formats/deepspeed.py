@@ -37,7 +37,7 @@ from pma.formats.deepspeed_states import (
     read_optimizer_states,
     tensor_parallel,
 )
-from pma.formats.folder import LocalFolder
+from pma.formats.folder import Folder, open_folder
 from pma.formats.reader import FileReader
 from pma.formats.torch_archive import StoredTensor
 from pma.formats.zip_directory import read_directory
@@ -118,7 +118,7 @@ class ZeroReader(FileReader):
         inside = _tag_folder(path)
         if inside is None:
             raise FormatError(f"{path} holds no ZeRO checkpoint, or `latest` and several folders with one")
-        folder = LocalFolder(inside)
+        folder = open_folder(inside)
         names = _names(folder)
         self._model = read_model_states(folder, names.model[0])
         ranks = [read_optimizer_states(folder, file) for file in names.optimizer]
@@ -228,7 +228,7 @@ def _holds_files(folder: Path) -> bool:
     return any(pattern.fullmatch(entry.name) for entry in folder.glob("*_states.pt") for pattern in patterns)
 
 
-def _names(folder: LocalFolder) -> _Names:
+def _names(folder: Folder) -> _Names:
     """The files of a checkpoint. Raises FormatError for parallelism that is not read, IncompleteError where
     a rank's file is missing.
     """
@@ -283,7 +283,7 @@ def _partitions(
 
 
 def _meta(folder_path: Path) -> CheckpointMeta:
-    folder = LocalFolder(folder_path)
+    folder = open_folder(folder_path)
     names = _names(folder)
     model = read_model_states(folder, names.model[0])
     first = read_optimizer_states(folder, names.optimizer[0])

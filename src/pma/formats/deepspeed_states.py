@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pma.errors import FormatError, IncompleteError, printable
-from pma.formats.folder import LocalFolder
+from pma.formats.folder import Folder
 from pma.formats.torch_archive import StoredTensor, read_archive
 from pma.formats.unpickling import Record
 from pma.types import CheckpointMeta
@@ -163,7 +163,7 @@ def tensor_parallel(where: str, name: str) -> FormatError:
     )
 
 
-def read_model_states(folder: LocalFolder, file: str) -> ModelStates:
+def read_model_states(folder: Folder, file: str) -> ModelStates:
     """Read a file of model states; no tensor's bytes are read. Raises FormatError, IncompleteError."""
     where = str(folder.path / file)
     archive = read_archive(folder, file, records=RECORDS)
@@ -193,7 +193,7 @@ def read_model_states(folder: LocalFolder, file: str) -> ModelStates:
     )
 
 
-def read_optimizer_states(folder: LocalFolder, file: str) -> OptimizerStates:
+def read_optimizer_states(folder: Folder, file: str) -> OptimizerStates:
     """Read one rank's file; no tensor's bytes are read. Raises FormatError, IncompleteError."""
     where = str(folder.path / file)
     archive = read_archive(folder, file, records=RECORDS)

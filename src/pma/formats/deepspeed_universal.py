@@ -41,7 +41,7 @@ from pma.formats.deepspeed_states import (
     tensor_parallel,
 )
 from pma.formats.files import is_inside
-from pma.formats.folder import LocalFolder
+from pma.formats.folder import Folder, open_folder
 from pma.formats.reader import FileReader
 from pma.formats.torch_archive import StoredTensor, read_archive
 from pma.types import CheckpointMeta, Fragment, Layout, Role, TensorSpec
@@ -80,7 +80,7 @@ def open_reader(path: Path) -> UniversalReader:
 
 def read_meta(path: Path) -> CheckpointMeta:
     """Step and learning rate by DeepSpeed's records. What cannot be read is incomplete, with the reason."""
-    folder = LocalFolder(path)
+    folder = open_folder(path)
     try:
         model = read_model_states(folder, _model_file(path))
         values = _optimizer_values(folder)[0]
@@ -109,7 +109,7 @@ class UniversalReader(FileReader):
     format = FORMAT
 
     def __init__(self, path: Path) -> None:
-        folder = LocalFolder(path)
+        folder = open_folder(path)
         self._model = read_model_states(folder, _model_file(path))
         self._optimizer, digest = _optimizer_values(folder)
         digests = {self._model.file: self._model.digest, OPTIMIZER_FILE: digest}
@@ -126,7 +126,7 @@ class UniversalReader(FileReader):
         super().__init__(path, folder, digests)
         self.shared = self._model.shared
 
-    def _take(self, folder: LocalFolder, name: str, shape: Shape, kind: str) -> None:
+    def _take(self, folder: Folder, name: str, shape: Shape, kind: str) -> None:
         """One file of a parameter."""
         file = _file_of(name, kind, str(folder.path))
         archive = read_archive(folder, file, records=RECORDS)
@@ -154,7 +154,7 @@ class UniversalReader(FileReader):
         else:
             self._add(moment_name(kind, name), tensor, shape, Role.MOMENT, name)
 
-    def _take_whole(self, folder: LocalFolder) -> None:
+    def _take_whole(self, folder: Folder) -> None:
         """What the model's file holds: buffers, and parameters that are not trained, which stage 3 cuts among
         the files of all ranks.
         """
@@ -239,7 +239,7 @@ def _kinds(path: Path, name: str) -> Iterator[str]:
     yield from (kind for kind in names if kind != MASTERS)
 
 
-def _optimizer_values(folder: LocalFolder) -> tuple[Mapping[str, Any], str]:
+def _optimizer_values(folder: Folder) -> tuple[Mapping[str, Any], str]:
     archive = read_archive(folder, OPTIMIZER_FILE, records=RECORDS)
     if not isinstance(archive.value, dict):
         raise FormatError(f"{folder.path / OPTIMIZER_FILE} holds no mapping")

@@ -20,7 +20,7 @@ from pma.formats.dcp_checkpoint import DcpReader
 from pma.formats.dcp_layout import part_layout
 from pma.formats.dcp_metadata import METADATA_FILE
 from pma.formats.dcp_profiles import MEGATRON
-from pma.formats.folder import LocalFolder
+from pma.formats.folder import open_folder
 from pma.formats.strict_json import parse_object
 from pma.formats.torch_archive import read_archive
 from pma.formats.unpickling import Record
@@ -209,7 +209,7 @@ def _folder_named(tracker: Path) -> str:
 def _check_config(path: Path) -> None:
     if not path.is_file():
         raise IncompleteError(f"{path} is missing; Megatron writes it last, so the save did not finish")
-    config = parse_object(LocalFolder(path.parent).read_whole(path.name, _LARGEST_CONFIG_BYTES), str(path))
+    config = parse_object(open_folder(path.parent).read_whole(path.name, _LARGEST_CONFIG_BYTES), str(path))
     backend = config.get("sharded_backend")
     if backend != "torch_dist":
         raise FormatError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pma.errors import FormatError
-from pma.formats.folder import LocalFolder
+from pma.formats.folder import Folder
 from pma.formats.strict_json import load_object
 from pma.types import CheckpointMeta
 
@@ -44,13 +44,13 @@ def read_meta(folder: Path, file: str) -> CheckpointMeta:
     )
 
 
-def optimizer_files(folder: LocalFolder, file: str) -> tuple[str, ...]:
+def optimizer_files(folder: Folder, file: str) -> tuple[str, ...]:
     """The optimizer's shards of the same step."""
     start = f"optim_{file.removeprefix('model_').removesuffix('.pt')}"
     return tuple(name for name in folder.names() if name.startswith(start) and name.endswith(".pt"))
 
 
-def side_files(folder: LocalFolder, file: str) -> dict[str, bytes]:
+def side_files(folder: Folder, file: str) -> dict[str, bytes]:
     """The record, without which nanochat cannot build the model."""
     name = meta_file(file)
     if not (folder.path / name).is_file():

@@ -12,7 +12,7 @@ from blake3 import blake3
 from pma.formats import side_files
 from pma.formats.contracts import ReadRequest
 from pma.formats.files import coalesced
-from pma.formats.folder import LocalFolder
+from pma.formats.folder import Folder
 from pma.formats.runs import Runs, runs_of
 from pma.types import Box, FileIdentity, Fragment, TensorSpec
 
@@ -28,7 +28,7 @@ class FileReader:
     requests_in_flight = 4
     ignored_files: tuple[str, ...] = ()
 
-    def __init__(self, path: Path, folder: LocalFolder, header_digests: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, folder: Folder, header_digests: Mapping[str, str]) -> None:
         self.path = path
         self.folder = folder
         self._header_digests = dict(header_digests)
@@ -41,6 +41,10 @@ class FileReader:
     def fragments(self, name: str) -> tuple[Fragment, ...]:
         """How tensor `name` lies on disk: fragments that cover each of its elements exactly once."""
         raise NotImplementedError("a subclass tells")
+
+    @property
+    def is_remote(self) -> bool:
+        return self.folder.is_remote
 
     @property
     def forget_after_reading(self) -> bool:
@@ -59,8 +63,7 @@ class FileReader:
         return runs_of(self.tensors[name], self.fragments(name), start, stop, box)
 
     def read_many(self, requests: Sequence[ReadRequest]) -> None:
-        for file, offset_bytes, buffers in coalesced(requests):
-            self.folder.read(file, offset_bytes, buffers)
+        self.folder.read_many(coalesced(requests))
 
     def descriptor(
         self, file: str, offset_bytes: int, length_bytes: int
@@ -71,6 +74,7 @@ class FileReader:
         return side_files.read(self.path)
 
     def identities(self) -> tuple[FileIdentity, ...]:
+        self.folder.refresh()
         found = []
         for name, digest in self._header_digests.items():
             size_bytes, stamp = self.folder.status(name)

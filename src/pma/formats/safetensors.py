@@ -12,7 +12,7 @@ from pathlib import Path
 from pma.errors import FormatError, IncompleteError, printable
 from pma.formats import hf_trainer, strict_json
 from pma.formats.contracts import CheckpointReader
-from pma.formats.folder import LocalFolder
+from pma.formats.folder import open_folder
 from pma.formats.reader import FileReader
 from pma.formats.safetensors_header import encode_header, read_header
 from pma.types import CheckpointMeta, Fragment, Layout, OutputFile, TensorSpec
@@ -44,9 +44,10 @@ class SafetensorsReader(FileReader):
     format = FORMAT
 
     def __init__(self, path: Path) -> None:
-        folder = LocalFolder(path if path.is_dir() else path.parent)
+        folder = open_folder(path if path.is_dir() else path.parent)
         names, weight_map = _shard_names(path)
-        self._headers = {name: read_header(folder, name) for name in names}
+        headers = folder.each(lambda name: read_header(folder, name), names)
+        self._headers = dict(zip(names, headers, strict=True))
         super().__init__(path, folder, {name: header.digest for name, header in self._headers.items()})
         beside = sorted(found.name for found in path.glob("*.safetensors")) if path.is_dir() else []
         self.ignored_files = tuple(name for name in beside if name not in self._headers)

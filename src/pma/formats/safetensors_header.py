@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 from blake3 import blake3
 
 from pma.errors import FormatError, IncompleteError, printable
-from pma.formats.folder import LocalFolder
+from pma.formats.folder import Folder
 from pma.formats.strict_json import parse_object
 from pma.types import DType, TensorSpec
 
@@ -41,7 +41,7 @@ class Header:
     digest: str
 
 
-def read_header(folder: LocalFolder, name: str) -> Header:
+def read_header(folder: Folder, name: str) -> Header:
     """Parse and check the header of a file; reads nothing else. Raises FormatError or IncompleteError."""
     path = folder.path / name
     file_bytes = folder.size_bytes(name)

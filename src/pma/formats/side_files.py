@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from pma.errors import InputError
 from pma.formats.strict_json import parse_object
+from pma.remote import RemotePath
 from pma.types import DType
 
 # configuration, tokenizer, generation settings, chat template, code (copied and listed, never imported)
@@ -30,6 +33,18 @@ _PATTERNS = (
 )
 _LARGEST_BYTES = 128 * 2**20
 _TORCH_NAMES = {DType.F16: "float16", DType.BF16: "bfloat16", DType.F32: "float32", DType.F64: "float64"}
+
+
+@contextmanager
+def on_this_machine(source: Path) -> Iterator[Path]:
+    """A folder with the checkpoint's side files: itself, or for one in a store a copy while in the block."""
+    if not isinstance(source, RemotePath):
+        yield source
+        return
+    with TemporaryDirectory(prefix="pma-") as folder:
+        for name, data in read(source).items():
+            (Path(folder) / name).write_bytes(data)
+        yield Path(folder)
 
 
 def read(source: Path) -> dict[str, bytes]:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from blake3 import blake3
 
 from pma.errors import FormatError, printable
-from pma.formats.folder import LocalFolder
+from pma.formats.folder import Folder
 from pma.formats.unpickling import BUDGET_BYTES, Named, unpickle
 from pma.formats.zip_directory import Member, ZipDirectory, read_directory
 from pma.types import DType
@@ -139,7 +139,7 @@ class Archive:
 
 
 def read_archive(
-    folder: LocalFolder,
+    folder: Folder,
     file: str,
     offset_bytes: int = 0,
     length_bytes: int | None = None,
@@ -174,7 +174,7 @@ def read_archive(
     return Archive(value=value, digest=blake3(data).update(directory.digest.encode()).hexdigest())
 
 
-def _check_start(folder: LocalFolder, file: str, start: int, stop: int, where: str) -> None:
+def _check_start(folder: Folder, file: str, start: int, stop: int, where: str) -> None:
     first = bytearray(min(len(_OLD_MAGIC), stop - start))
     folder.read(file, start, [memoryview(first)])
     if first[:4] == b"PK\x03\x04":
@@ -206,7 +206,7 @@ def _root(directory: ZipDirectory, where: str) -> str:
     return root
 
 
-def _check_byte_order(folder: LocalFolder, file: str, directory: ZipDirectory, root: str, where: str) -> None:
+def _check_byte_order(folder: Folder, file: str, directory: ZipDirectory, root: str, where: str) -> None:
     if f"{root}/byteorder" in directory.members:  # before 2.0 torch did not write it
         order = _member(folder, file, directory, f"{root}/byteorder", 16, where)
         if order != b"little":
@@ -214,7 +214,7 @@ def _check_byte_order(folder: LocalFolder, file: str, directory: ZipDirectory, r
 
 
 def _member(
-    folder: LocalFolder, file: str, directory: ZipDirectory, name: str, largest_bytes: int, where: str
+    folder: Folder, file: str, directory: ZipDirectory, name: str, largest_bytes: int, where: str
 ) -> bytes:
     member = directory.members[name]
     if member.length_bytes > largest_bytes:

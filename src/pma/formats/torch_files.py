@@ -20,7 +20,7 @@ from blake3 import blake3
 from pma.errors import FormatError, InputError, printable
 from pma.formats import hf_trainer, nanochat, side_files
 from pma.formats.contracts import CheckpointReader
-from pma.formats.folder import LocalFolder
+from pma.formats.folder import Folder, open_folder
 from pma.formats.reader import FileReader
 from pma.formats.strict_json import parse_object
 from pma.formats.torch_archive import StoredTensor, read_archive
@@ -82,7 +82,7 @@ def read_meta(path: Path) -> CheckpointMeta:
     if file in (_BIN_FILE, _INDEX_FILE):
         return hf_trainer.read_meta(folder) if path.is_dir() else CheckpointMeta()
     try:
-        with closing(LocalFolder(folder)) as opened:
+        with closing(open_folder(folder)) as opened:
             return meta_of(_open(opened, file)[0])
     except InputError as error:
         return CheckpointMeta(incomplete=str(error))
@@ -94,7 +94,7 @@ class TorchReader(FileReader):
     format = FORMAT
 
     def __init__(self, path: Path) -> None:
-        folder = LocalFolder(path if path.is_dir() else path.parent)
+        folder = open_folder(path if path.is_dir() else path.parent)
         main = _main_file(path)
         if main is None:
             raise FormatError(f"{path} holds no file of torch.save, or several that could be meant; name one")
@@ -206,7 +206,7 @@ def _index(tensors: Mapping[str, TensorSpec], files: Sequence[OutputFile]) -> by
     return json.dumps(index, indent=2).encode("utf-8") + b"\n"
 
 
-def _open(folder: LocalFolder, file: str) -> tuple[Contents, str]:
+def _open(folder: Folder, file: str) -> tuple[Contents, str]:
     archive = read_archive(folder, file, records=RECORDS)
     return contents(archive.value, str(folder.path / file)), archive.digest
 
@@ -226,7 +226,7 @@ def _main_file(path: Path) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _shard_names(folder: LocalFolder) -> list[str]:
+def _shard_names(folder: Folder) -> list[str]:
     where = str(folder.path / _INDEX_FILE)
     index = parse_object(folder.read_whole(_INDEX_FILE, _LARGEST_INDEX_BYTES), where)
     weight_map = index.get("weight_map")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from blake3 import blake3
 
 from pma.errors import FormatError, IncompleteError, printable
-from pma.formats.folder import LocalFolder
+from pma.formats.folder import Folder
 
 _END = struct.Struct("<4s4H2IH")
 _END_64 = struct.Struct("<4sQ2H2I4Q")
@@ -46,7 +46,7 @@ class ZipDirectory:
     digest: str
 
 
-def read_directory(folder: LocalFolder, file: str, start: int, stop: int) -> ZipDirectory:
+def read_directory(folder: Folder, file: str, start: int, stop: int) -> ZipDirectory:
     """The members of the archive at bytes `start` to `stop` of a file.
 
     Raises FormatError for anything that torch would not write, IncompleteError where the end is missing.
@@ -83,7 +83,7 @@ def read_directory(folder: LocalFolder, file: str, start: int, stop: int) -> Zip
 class _Headers:
     """Reads headers in ascending order; where members are small, many headers at once."""
 
-    def __init__(self, folder: LocalFolder, file: str, stop: int, *, dense: bool) -> None:
+    def __init__(self, folder: Folder, file: str, stop: int, *, dense: bool) -> None:
         self._folder, self._file, self._stop = folder, file, stop
         self._least_bytes = _WINDOW_BYTES if dense else 0
         self._data, self._at = b"", 0
@@ -97,13 +97,13 @@ class _Headers:
         return self._data[at - self._at : at - self._at + max(length, 0)]
 
 
-def _read(folder: LocalFolder, file: str, offset_bytes: int, length_bytes: int) -> bytes:
+def _read(folder: Folder, file: str, offset_bytes: int, length_bytes: int) -> bytes:
     data = bytearray(max(length_bytes, 0))
     folder.read(file, offset_bytes, [memoryview(data)])
     return bytes(data)
 
 
-def _find(folder: LocalFolder, file: str, start: int, stop: int, where: str) -> tuple[int, int, int]:
+def _find(folder: Folder, file: str, start: int, stop: int, where: str) -> tuple[int, int, int]:
     """Where the directory lies in the file, its length, and how many members it lists."""
     tail_at = max(stop - _END.size - _LOCATOR_64.size - _END_64.size, start)
     tail = _read(folder, file, tail_at, stop - tail_at)

@@ -13,6 +13,7 @@ from typing import Any
 from pma import formats
 from pma.errors import InputError, UsageError
 from pma.formats import hf_trainer
+from pma.remote import each_at_once
 from pma.trajectory.phases import Phase, phase_at
 from pma.types import CheckpointMeta, TrainingLog
 
@@ -81,8 +82,9 @@ def discover(roots: Sequence[Path], pattern: str | None = None) -> Trajectory:
     found: list[tuple[Path, CheckpointMeta]] = []
     left_out: list[tuple[Path, str]] = []
     for root in roots:
-        for path, named in _checkpoints(root, _compiled(pattern)):
-            meta = _meta(path)
+        inside = list(_checkpoints(root, _compiled(pattern)))
+        metas = each_at_once(_meta, [path for path, _ in inside])
+        for (path, named), meta in zip(inside, metas, strict=True):
             if pattern is not None and meta.step is None:
                 meta = replace(meta, step=named)
             if meta.incomplete:
@@ -144,8 +146,7 @@ def from_checkpoints(paths: Sequence[Path], *, as_given: bool = False) -> Trajec
     Raises UsageError where a path or step occurs twice, and InputError where one is not complete.
     """
     found = []
-    for path in paths:
-        meta = _meta(path)
+    for path, meta in zip(paths, each_at_once(_meta, paths), strict=True):
         if meta.incomplete:
             raise InputError(f"{path} is not complete: {meta.incomplete}. Wait for it, or leave it out")
         found.append((path, meta))

@@ -1,0 +1,268 @@
+"""Outputs in stores: built on this machine as any other output, then sent there, `pma.json` last.
+
+What an interrupted attempt left is told by a marker file, which names the merge; a reader takes a checkpoint
+with the marker and without `pma.json` for unfinished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Unpack
+
+from blake3 import blake3
+
+from pma.engine import commit, provenance
+from pma.engine.commit import How, Merge, check_room, is_written
+from pma.engine.journal import JOURNAL_FILE, Journal
+from pma.engine.lease import LEASE_FILE, Lease
+from pma.engine.plan import Plan
+from pma.engine.work import shared_work
+from pma.errors import IncompleteError, Interrupted, StorageError, UsageError
+from pma.formats.contracts import UNFINISHED_FILE
+from pma.formats.strict_json import parse_object
+from pma.quantities import bytes_text
+from pma.remote import Entry, RemotePath
+
+# files that are sent at once; the driver sends parts of a large one at once, too
+_AT_ONCE = 4
+_LARGEST_MARKER_BYTES = 2**16
+
+
+def built_at(out: Path, staging: Path | None = None) -> Path:
+    """Where `out` is built: itself, or for a place in a store a folder in `staging` with a like name."""
+    if not isinstance(out, RemotePath):
+        return out
+    digest = blake3(str(out).encode()).hexdigest()[:12]
+    return (staging or _private_folder()) / f"{out.name}-{digest}"
+
+
+def _private_folder() -> Path:
+    return Path(tempfile.gettempdir()) / f"pma-{os.getuid()}"
+
+
+def _make_private(folder: Path) -> None:
+    """Make the default staging folder, for nobody else: others on this machine can foresee its name."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = os.lstat(folder)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise UsageError(f"{folder} is not a folder of yours alone; choose another place with --staging DIR")
+
+
+def check_output(
+    plan: Plan, out: Path, *, inside_run: bool = False, staging: Path | None = None, fresh: bool = False
+) -> tuple[str, ...]:
+    """As `commit.check_output`, also for an output in a store."""
+    if not isinstance(out, RemotePath):
+        return commit.check_output(plan, out, inside_run=inside_run)
+    _refuse_existing(plan, out, fresh=fresh)
+    commit.refuse_inside_run(plan, out, inside_run=inside_run)
+    local = built_at(out, staging)
+    if not os.path.lexists(local):
+        commit.check_output(plan, local, inside_run=inside_run)
+    return commit.name_warnings(out)
+
+
+def _refuse_existing(plan: Plan, out: RemotePath, *, fresh: bool) -> None:
+    """Raises UsageError where `out` holds anything but what an interrupted attempt at this merge left."""
+    out.store.forget(out.place)
+    inside = {path.name for path in out.iterdir()}
+    if not inside and not out.is_file():
+        return
+    if UNFINISHED_FILE not in inside or provenance.RECORD_FILE in inside:
+        raise UsageError(f"{out} exists already and is not touched; choose another output or remove it first")
+    marker = out / UNFINISHED_FILE
+    small = marker.stat().st_size <= _LARGEST_MARKER_BYTES
+    earlier = parse_object(marker.read_bytes(), str(marker)) if small else {}
+    if earlier.get("plan") != provenance.heading(plan) and not fresh:
+        raise UsageError(
+            f"an earlier merge to {out} was interrupted while it was sent, and its sources or options were "
+            "not the same; repeat that command to go on, or say --fresh to start over"
+        )
+
+
+def write(plan: Plan, out: Path, **how: Unpack[How]) -> Merge:
+    """As `commit.write`, also to a store: then it is built in `staging` first. An interrupted attempt goes
+    on, be it at building or at sending.
+    """
+    return write_all([(plan, out)], **how)[0]
+
+
+def write_all(targets: Sequence[tuple[Plan, Path]], **how: Unpack[How]) -> list[Merge]:
+    """As `write`, for several merges that share their reads."""
+    fresh, staging = how.get("fresh", False), how.get("staging")
+    for plan, out in targets:
+        check_output(plan, out, inside_run=how.get("inside_run", False), staging=staging, fresh=fresh)
+    places = [(plan, built_at(out, staging)) for plan, out in targets]
+    if staging is None and any(isinstance(out, RemotePath) for _, out in targets):
+        _make_private(_private_folder())
+    for (plan, local), (_, out) in zip(places, targets, strict=True):
+        if isinstance(out, RemotePath):
+            _forget_another(plan, local, out, fresh=fresh)
+    missing = [
+        (plan, local)
+        for (plan, local), (_, out) in zip(places, targets, strict=True)
+        if local is out or not _is_built(plan, local)
+    ]
+    check_room(missing)
+    made = commit.write_all(shared_work([p for p, _ in missing]), missing, **how) if missing else []
+    built = {merge.path: merge for merge in made}
+    merges = [built.get(local) or _found(plan, local) for plan, local in places]
+    return [
+        _delivered(plan, merge, out, how) if isinstance(out, RemotePath) else merge
+        for merge, (plan, out) in zip(merges, targets, strict=True)
+    ]
+
+
+def _is_built(plan: Plan, local: Path) -> bool:
+    return local.is_dir() and is_written(plan, local)
+
+
+def _forget_another(plan: Plan, local: Path, out: RemotePath, *, fresh: bool) -> None:
+    """Remove what was built before and never sent, on request; refuse it where it is another merge."""
+    if not os.path.lexists(local) or (_is_built(plan, local) and not fresh):
+        return
+    if not fresh:
+        raise UsageError(
+            f"an earlier merge to {out} was built in {local} and not sent, and its sources or options were "
+            "not the same; repeat that command to go on, or say --fresh to start over"
+        )
+    lease = Lease(local, out)
+    shutil.rmtree(local)
+    lease.release()
+
+
+def _found(plan: Plan, local: Path) -> Merge:
+    """A merge that an earlier attempt built."""
+    return Merge(
+        path=local,
+        checkpoints=len(plan.sources),
+        scheme=str(provenance.load(local)["scheme"]),
+        bytes_read=0,
+        bytes_written=0,
+        bytes_resumed=plan.bytes_to_write,
+        seconds=0.0,
+        stream_seconds=0.0,
+        durable_seconds=0.0,
+        warnings=(),
+    )
+
+
+def _delivered(plan: Plan, merge: Merge, out: RemotePath, how: How) -> Merge:
+    """Send what was built, and remove it here. Returns the merge where it is now."""
+    started, local = time.monotonic(), merge.path
+    lease = Lease(local, out, break_lock=how.get("break_lock", False))
+    try:
+        sending = _Sending(plan, local, out)
+        with _goes_on(sending):
+            sending.run(how)
+        shutil.rmtree(local, ignore_errors=True)
+    finally:
+        lease.release()
+    seconds = time.monotonic() - started
+    return replace(
+        merge,
+        path=out,
+        warnings=commit.name_warnings(out),
+        seconds=merge.seconds + seconds,
+        bytes_sent=sending.bytes_sent,
+        send_seconds=seconds,
+    )
+
+
+@contextmanager
+def _goes_on(sending: _Sending) -> Iterator[None]:
+    """Say after a failure that what was built and sent is kept."""
+    kept = (
+        "{error}. {out} is built in {local}, {sent} of {total} is sent: the same command goes on, "
+        "with --fresh it starts over"
+    )
+
+    def explained(error: object) -> str:
+        sent, total = bytes_text(sending.bytes_there), bytes_text(sending.bytes_total)
+        return kept.format(error=error, out=sending.out, local=sending.local, sent=sent, total=total)
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(explained("interrupted while sending")) from None
+    except (StorageError, IncompleteError) as error:
+        raise type(error)(explained(error)) from error
+    except OSError as error:
+        raise StorageError(explained(error)) from error
+
+
+class _Sending:
+    """One output on its way to a store. What has arrived is journaled, and not sent again."""
+
+    def __init__(self, plan: Plan, local: Path, out: RemotePath) -> None:
+        self.local, self.out = local, out
+        self._heading = {"sent_to": str(out), "plan": provenance.heading(plan)}
+        files = {path.relative_to(local).as_posix(): path for path in local.rglob("*") if path.is_file()}
+        ours = [name for name in files if name.startswith(LEASE_FILE) or name == JOURNAL_FILE]
+        self._sizes = {name: path.stat().st_size for name, path in files.items() if name not in ours}
+        self._records = [name for name in plan.layout.records if name in self._sizes]
+        self.bytes_total = sum(self._sizes.values())
+        self.bytes_sent = self.bytes_there = 0
+
+    def run(self, how: How) -> None:
+        """Marker, weights and side files at once, then what completes them, `pma.json` last."""
+        tell = how.get("sending")
+        journal = Journal(self.local)
+        try:
+            if journal.heading != self._heading:
+                journal.start(self._heading)
+            missing = [name for name in self._sizes if not self._is_there(name, journal)]
+            self.bytes_there = self.bytes_total - sum(self._sizes[name] for name in missing)
+            marker = self.out / UNFINISHED_FILE
+            self.out.store.send_bytes(json.dumps(self._heading).encode(), marker.place)
+            last = [*self._records, provenance.RECORD_FILE]
+            first = sorted(set(missing) - set(last), key=lambda name: -self._sizes[name])
+            for name, entry in self._at_once(first):
+                self._arrived(name, entry, journal)
+                if tell is not None:
+                    tell(self.bytes_there, self.bytes_total)
+            for name in last:
+                if name in missing:
+                    self._arrived(name, self._send(name), journal)
+            self.out.store.remove(marker.place)
+            self.out.store.forget(self.out.place)
+        finally:
+            journal.close()
+
+    def _is_there(self, name: str, journal: Journal) -> bool:
+        """Whether what we sent earlier is still what lies there: the same size, the same etag."""
+        sent = journal.digests.get((name, self._sizes[name]))
+        folder, _, last = name.rpartition("/")
+        found = self.out.store.listing((self.out / folder if folder else self.out).place).get(last)
+        return sent is not None and found is not None and sent == _stamp(found)
+
+    def _at_once(self, names: Sequence[str]) -> Iterator[tuple[str, Entry]]:
+        pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="pma-send")
+        try:
+            waiting = {pool.submit(self._send, name): name for name in names}
+            for sent in as_completed(waiting):
+                yield waiting[sent], sent.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _send(self, name: str) -> Entry:
+        return self.out.store.send(self.local / name, (self.out / name).place)
+
+    def _arrived(self, name: str, entry: Entry, journal: Journal) -> None:
+        journal.add({(name, self._sizes[name]): _stamp(entry)})
+        self.bytes_sent += self._sizes[name]
+        self.bytes_there += self._sizes[name]
+
+
+def _stamp(entry: Entry) -> str:
+    return f"{entry.size_bytes} {entry.stamp}"
