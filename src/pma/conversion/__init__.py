@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pma.conversion.fitting import Conversion, fit, model_tensors
+from pma.conversion.choosing import fit
+from pma.conversion.fitting import Conversion, model_tensors
 from pma.conversion.maps import Map, load_map
 from pma.conversion.reader import ConvertedReader
 from pma.conversion.template import Template, read_template

@@ -1,14 +1,14 @@
-"""Fitting a map to a checkpoint and a template: the pieces of each target tensor, and what does not fit."""
+"""Laying a map over a checkpoint and a template: the pieces of each target tensor, and what does not fit."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
-from pma.conversion import maps
 from pma.conversion.maps import Map, Rule, filled_in, plural
 from pma.conversion.patterns import apply, same
 from pma.conversion.template import CONFIG_FILE, Template, fact
@@ -63,74 +63,12 @@ class Problems:
         )
 
 
-def fit(
-    specs: Mapping[str, TensorSpec],
-    template: Template,
-    given: Map | None = None,
-    *,
-    exclude: Sequence[str] = (),
-) -> Conversion:
-    """Fit the map `given`, or the only built-in one that fits, to the tensors of a checkpoint.
-
-    `exclude`: patterns of source tensors to leave out. Raises MismatchError that lists what does not fit.
-    """
-    candidates = [given] if given is not None else _built_in_for(template)
-    fitting: list[Conversion] = []
-    failed: list[tuple[Map, Problems]] = []
-    for candidate in candidates:
-        found, problems = _with_any_prefix(specs, template, candidate, exclude)
-        if problems.count:
-            failed.append((candidate, problems))
-        else:
-            fitting.append(found)
-    if len(fitting) > 1:
-        names = ", ".join(found.map.name for found in fitting)
-        raise UsageError(f"several maps fit: {names}; choose one with --map")
-    if fitting:
-        return fitting[0]
-    if not failed:
-        raise MismatchError(
-            f"{template.path / CONFIG_FILE}: no built-in map is for models of type "
-            f"{printable(template.model_type)}; give one with --map"
-        )
-    closest, problems = min(failed, key=lambda entry: entry[1].count)
-    others = f" (the closest of {', '.join(one.name for one, _ in failed)})" if len(failed) > 1 else ""
-    raise MismatchError(
-        f"the checkpoint does not become the model of {template.path} by map {closest.name}{others}:"
-        f"{problems.text()}\ngive another map with --map, or leave tensors out with --exclude"
-    )
-
-
 def model_tensors(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     """Those that belong to the model, not to its training."""
     return {name: spec for name, spec in specs.items() if spec.role in _MODEL_ROLES}
 
 
-def _built_in_for(template: Template) -> list[Map]:
-    """Built-in maps to this type of model; names alone say nothing where the template has none."""
-    return [
-        found
-        for found in maps.built_in()
-        if template.model_type in found.models or (not found.models and template.shapes is not None)
-    ]
-
-
-def _with_any_prefix(
-    specs: Mapping[str, TensorSpec], template: Template, given: Map, exclude: Sequence[str]
-) -> tuple[Conversion, Problems]:
-    """The fit with the prefix that leaves the fewest problems."""
-    tried = (_Fitting(specs, template, given, prefix, exclude) for prefix in given.prefixes)
-    best: _Fitting | None = None
-    for one in tried:
-        if best is None or one.problems.count < best.problems.count:
-            best = one
-        if not best.problems.count:
-            break
-    assert best is not None
-    return best.conversion(), best.problems
-
-
-class _Fitting:
+class Fitting:
     """One map, with one prefix, laid over one checkpoint."""
 
     def __init__(
@@ -155,6 +93,7 @@ class _Fitting:
         self._ties: dict[str, str] = {}
         self._used: set[str] = set()
         self._told: set[str] = set()
+        self._known: dict[Hashable, tuple[Piece, tuple[int, ...]]] = {}
         if given.identity:
             self._keep_names()
         else:
@@ -274,15 +213,29 @@ class _Fitting:
     def _piece(
         self, rule: Rule, source: str, values: Mapping[str, int]
     ) -> tuple[TensorSpec, tuple[int, ...], Piece, bool]:
+        """The source's type and shape, the target's shape, the piece, and whether others fill the rest."""
         spec = self._specs[self._prefix + filled_in(source, values)]
-        left, right = rule.leading(source)
-        pattern = (rule.view or same(len(spec.shape) - len(left))).leading(left, right)
+        left, right = rule.unstacked(source), rule.stacked(source)
+        stacked_in, stacked_out = (tuple(self._facts[plural(v)] for v in names) for names in (left, right))
+        pattern = rule.view or same(len(spec.shape) - len(left))
         try:
-            seen, target, shape = apply(pattern, spec.shape, {**self._facts, **values})
+            if spec.shape[: len(left)] != stacked_in:
+                axes = ", ".join(f"{plural(v)} {n}" for v, n in zip(left, stacked_in, strict=True))
+                raise MismatchError(f"shape {spec.shape}, expected it to begin with {axes}")
+            inner = spec.shape[len(left) :]
+            used = tuple((name, values[name]) for name in sorted(pattern.bounds & values.keys()))
+            key = (id(rule), inner, used)
+            if key not in self._known:
+                seen, target, shape = apply(pattern, inner, {**self._facts, **values})
+                self._known[key] = piece_of("", seen, target), shape
         except MismatchError as error:
             self._used.add(spec.name)  # it has a place, and does not fit it
             raise MismatchError(f"{printable(spec.name)}: {error}") from None
-        return spec, shape, piece_of(spec.name, seen, target), pattern.fills_part
+        piece, shape = self._known[key]
+        in_source = _place(left, stacked_in, values) * math.prod(inner)
+        in_target = _place(right, stacked_out, values) * math.prod(shape)
+        part = pattern.fills_part or bool(right)
+        return spec, (*stacked_out, *shape), piece.moved(spec.name, in_target, in_source), part
 
     def _put(
         self,
@@ -319,6 +272,14 @@ class _Fitting:
     def _is_needless(self, name: str) -> bool:
         plain = name.removeprefix(self._prefix)
         return any(fnmatchcase(plain, pattern) for pattern in self._map.unused)
+
+
+def _place(variables: Sequence[str], sizes: Sequence[int], values: Mapping[str, int]) -> int:
+    """Index of the variables' values among all of their combinations, row-major."""
+    index = 0
+    for name, size in zip(variables, sizes, strict=True):
+        index = index * size + values[name]
+    return index
 
 
 def _listed(what: str, lines: Sequence[str]) -> str:

@@ -10,13 +10,14 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
-from pma.conversion.patterns import Atom, Pattern, parse
+from pma.conversion.patterns import Pattern, parse
 from pma.errors import FormatError, UsageError, printable
 from pma.formats import strict_json
 
@@ -46,17 +47,15 @@ class Rule:
     @property
     def variables(self) -> tuple[str, ...]:
         """Those of the target's name, in order."""
-        return tuple(_VARIABLE.findall(self.target))
+        return variables_of(self.target)
 
     def stacked(self, source: str) -> tuple[str, ...]:
-        """Variables that only the source's name has: each value fills one index of a leading axis."""
-        return tuple(name for name in _VARIABLE.findall(source) if name not in self.variables)
+        """Variables that only the source's name has: each value is an index of the target's leading axes."""
+        return _only_in(source, self.target)
 
-    def leading(self, source: str) -> tuple[list[Atom], list[Atom]]:
-        """The leading axes of the source and of the target that stand for variables their names lack."""
-        inside = _VARIABLE.findall(source)
-        left = [Atom(name=plural(name), index=name) for name in self.variables if name not in inside]
-        return left, [Atom(name=plural(name), index=name) for name in self.stacked(source)]
+    def unstacked(self, source: str) -> tuple[str, ...]:
+        """Variables that only the target's name has: each value is an index of the source's leading axes."""
+        return _only_in(self.target, source)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +83,26 @@ def plural(variable: str) -> str:
     return variable + "s"
 
 
+@lru_cache(maxsize=4096)
+def variables_of(name: str) -> tuple[str, ...]:
+    """The variables in a name, in order."""
+    return tuple(_VARIABLE.findall(name))
+
+
 def filled_in(name: str, values: Mapping[str, int]) -> str:
     """A name with its variables replaced."""
-    return _VARIABLE.sub(lambda found: str(values[found[1]]), name)
+    return "".join([str(values[part]) if i % 2 else part for i, part in enumerate(_split(name))])
+
+
+@lru_cache(maxsize=4096)
+def _split(name: str) -> list[str]:
+    """Text and variables of a name in turn."""
+    return _VARIABLE.split(name)
+
+
+@lru_cache(maxsize=4096)
+def _only_in(name: str, other: str) -> tuple[str, ...]:
+    return tuple(variable for variable in variables_of(name) if variable not in variables_of(other))
 
 
 def built_in() -> Iterator[Map]:

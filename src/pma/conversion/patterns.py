@@ -57,11 +57,11 @@ class Pattern:
         """Whether other rules fill the rest of the target."""
         return any(atom.is_part for axis in self.right for atom in axis)
 
-    def leading(self, left: Sequence[Atom], right: Sequence[Atom]) -> Pattern:
-        """The pattern with further axes before its own."""
-        return Pattern(
-            left=(*((atom,) for atom in left), *self.left), right=(*((atom,) for atom in right), *self.right)
-        )
+    @property
+    def bounds(self) -> frozenset[str]:
+        """Names that stand for an index or the end of a range."""
+        atoms = [atom for side in (self.left, self.right) for axis in side for atom in axis]
+        return frozenset(b for a in atoms for b in (a.index, a.start, a.stop) if isinstance(b, str))
 
 
 def parse(text: str) -> Pattern:

@@ -142,6 +142,18 @@ class Piece:
             open_Q = open_Q & ~past_Q
         return found_Q + open_Q
 
+    def moved(self, name: str, in_target: int, in_source: int) -> Piece:
+        """The same piece so many elements on, of tensor `name`."""
+        return Piece(
+            source=name,
+            run=self.run,
+            sizes=self.sizes,
+            target_start=self.target_start + in_target,
+            target_strides=self.target_strides,
+            source_start=self.source_start + in_source,
+            source_strides=self.source_strides,
+        )
+
 
 def piece_of(name: str, source: View, target: View) -> Piece:
     """The piece in which element i of `source`, a view of tensor `name`, is element i of `target`.
