@@ -317,10 +317,10 @@ FLAGS = {
     "demo": "--json --moe --out",
     "inspect": "--json --pattern --tensors",
     "plan": "--allow-mixed-phases --allow-nonfinite --as-given --at --copy --dtype --every --exclude --json "
-    "--last --memory --pattern --preset --scheme --threads --weights --with-optimizer",
+    "--last --like --map --memory --pattern --preset --scheme --threads --to --weights --with-optimizer",
     "merge": "--allow-mixed-phases --allow-nonfinite --as-given --at --break-lock --copy --dtype --every "
-    "--exclude --fresh --hash-sources --inside-run --json --last --measure-roofline --memory --out "
-    "--pattern --preset --scheme --sha256 --staging --threads --weights --with-optimizer",
+    "--exclude --fresh --hash-sources --inside-run --json --last --like --map --measure-roofline --memory "
+    "--out --pattern --preset --scheme --sha256 --staging --threads --to --weights --with-optimizer",
     "sweep": "--allow-mixed-phases --allow-nonfinite --at --break-lock --cloze --context --copy --dtype "
     "--every --exclude --fresh --json --last --limit --memory --scheme --staging --store --tasks --text "
     "--threads --weights --write",

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from pma import engine, formats, trajectory
@@ -230,6 +231,28 @@ def test_training_goes_on_from_a_merge(runs: Path, tmp_path: Path) -> None:
     torchrun(FIXTURES / "resume_distributed.py", 3, out, tmp_path / "losses.txt")
     before, after = map(float, (tmp_path / "losses.txt").read_text().split())
     assert after < before
+
+
+def test_shards_of_safetensors_without_an_index_become_ordinary_safetensors(
+    runs: Path, tmp_path: Path
+) -> None:
+    sources = [runs / f"safetensors/step_{step}" for step in (2, 4)]
+    assert len(list(sources[0].iterdir())) == 2
+    assert trajectory.discover([runs / "safetensors"]).points[1].step == 4
+    out = merged(sources, tmp_path / "out")
+    both = [load_dcp(source, dcp.HuggingFaceStorageReader) for source in sources]
+    found = load_file(out / "model.safetensors")
+    assert found.keys() == both[0].keys()
+    for name, tensor in found.items():
+        mean = (as_float64(both[0][name]) + as_float64(both[1][name])) / 2
+        assert np.array_equal(mean.astype(np.float32), tensor.numpy()), name
+
+
+def test_a_shard_of_safetensors_that_is_missing_leaves_a_hole(runs: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(runs / "safetensors/step_2", tmp_path / "step_2")
+    (path / "shard-00001-model-00001-of-00001.safetensors").unlink()
+    with closing(formats.open_checkpoint(path)) as reader, pytest.raises(FormatError, match="hole"):
+        _ = reader.tensors
 
 
 @pytest.mark.parametrize(

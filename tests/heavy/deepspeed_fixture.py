@@ -1,8 +1,9 @@
 """A tiny Llama trained under DeepSpeed, as a program for torchrun: `deepspeed_fixture.py JOBS`.
 
 JOBS is a JSON file with a list of jobs, done one after the other in the same processes, because starting them
-takes longest. A job trains and saves checkpoints, or (`resume`) loads a universal checkpoint, writes down the
-weights it then has, and trains one step.
+takes longest. `train` saves checkpoints and writes down what the engine then holds and what DeepSpeed reads
+of them; `convert` makes a universal checkpoint by DeepSpeed's own converter; `resume` loads one, writes down
+what the engine then holds, and trains a step.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -24,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to do; `report` is where `resume` writes, without suffix."""
+    """What to do; `report` begins the names of files in which to write down."""
 
     folder: str
     what: str = "train"
@@ -33,7 +35,6 @@ class Job:
     accumulate: str = ""
     groups: int = 1
     steps: int = 3
-    every: int = 1
     tied: bool = False
     elastic: bool = False
     tag: str | None = None
@@ -104,15 +105,48 @@ def step(engine: Any, number: int) -> float:
 
 
 def train(job: Job) -> None:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
     engine = engine_for(job, universal=False)
     for number in range(1, job.steps + 1):
         step(engine, number)
-        if number % job.every == 0:
-            engine.save_checkpoint(job.folder, client_state={"note": "mine", "epoch": number})
+        engine.save_checkpoint(job.folder, client_state={"note": "mine", "epoch": number})
+        held = weights(engine, moments=False)
+        torch.distributed.barrier()
+        if torch.distributed.get_rank() == 0:
+            # its reader does not know the files of the optimizer for bf16 with fp32 gradients
+            read = (
+                {}
+                if job.accumulate
+                else get_fp32_state_dict_from_zero_checkpoint(job.folder, engine_tag(engine))
+            )
+            torch.save({"held": held, "read": dict(read)}, f"{job.report}.{number}.pt")
 
 
-def weights(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
-    """Masters, moments and 16-bit weights in full, as the engine holds them."""
+def engine_tag(engine: Any) -> str:
+    return f"global_step{engine.global_steps}"
+
+
+def convert(job: Job) -> None:
+    """`folder` has the checkpoint, `report` is the folder to make."""
+    from deepspeed.checkpoint.ds_to_universal import main as convert_all
+
+    if torch.distributed.get_rank() == 0:
+        arguments = {
+            "num_extract_workers": 1,
+            "num_merge_workers": 1,
+            "keep_temp_folder": False,
+            "strict": True,
+        }
+        made = {"input_folder": job.folder, "output_folder": job.report, "inject_missing_state": True}
+        convert_all(SimpleNamespace(**arguments, **made))
+    torch.distributed.barrier()
+
+
+def weights(engine: Any, *, moments: bool) -> dict[str, dict[str, torch.Tensor]]:
+    """Masters, 16-bit weights and moments in full, as the engine holds them; moments only after loading,
+    because DeepSpeed does not find those of torch's AdamW that it began itself.
+    """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     found: dict[str, dict[str, torch.Tensor]] = {"fp32": {}, "exp_avg": {}, "exp_avg_sq": {}, "live": {}}
@@ -122,23 +156,30 @@ def weights(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
         if not parameter.requires_grad:
             continue
         found["fp32"][name] = safe_get_full_fp32_param(parameter).clone()
-        for key in ("exp_avg", "exp_avg_sq"):
+        for key in ("exp_avg", "exp_avg_sq") if moments else ():
             found[key][name] = safe_get_full_optimizer_state(parameter, key).clone()
     return found
+
+
+def counted(engine: Any) -> list[float]:
+    """Each flat vector's count of steps, as the optimizer inside has it."""
+    return [float(state["step"]) for state in engine.optimizer.optimizer.state.values()]
 
 
 def resume(job: Job) -> None:
     engine = engine_for(job, universal=True)
     path, client_state = engine.load_checkpoint(job.folder, tag=job.tag)
-    loaded = weights(engine)
+    loaded = weights(engine, moments=True)
     found: dict[str, Any] = {
         "path": path,
         "global_steps": engine.global_steps,
         "rate": engine.get_lr()[0],
         "note": client_state.get("note"),
+        "buffer": engine.module.mean.tolist(),
+        "counted": counted(engine),
     }
     found["loss"] = step(engine, 1000)
-    after = weights(engine)
+    after = weights(engine, moments=False)
     found["moved"] = all(
         not torch.equal(loaded["fp32"][name], after["fp32"][name]) for name in loaded["fp32"]
     )
@@ -152,7 +193,7 @@ def main() -> None:
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     for values in json.loads(Path(sys.argv[1]).read_text()):
         job = Job(**values)
-        train(job) if job.what == "train" else resume(job)
+        {"train": train, "convert": convert, "resume": resume}[job.what](job)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

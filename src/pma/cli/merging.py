@@ -104,6 +104,9 @@ def plan(
     exclude: flags.Exclude = None,
     copy: flags.Copy = None,
     with_optimizer: flags.WithOptimizer = False,
+    to: flags.To = None,
+    like: flags.Like = None,
+    map_name: flags.MapName = None,
     as_given: flags.AsGiven = False,
     pattern: flags.Pattern = None,
     allow_mixed_phases: flags.MixedPhases = False,
@@ -136,6 +139,9 @@ def plan(
         exclude,
         copy,
         with_optimizer=with_optimizer,
+        to=to,
+        like=like,
+        map_name=map_name,
         allow_nonfinite=allow_nonfinite,
         threads=threads,
         memory=memory,
@@ -178,6 +184,9 @@ def _show_plan(description: dict[str, Any]) -> None:
     if description["training_state_left_out"]:
         count = description["training_state_left_out"]
         say(f"left out    {count} entries of training state, such as moments (--with-optimizer)")
+    if description["conversion"] is not None:
+        how = description["conversion"]
+        say(f"becomes     the model of {printable(how['like'])}, by map {printable(how['map'])}")
     say(f"output      {', '.join(description['output_dtypes'])} in {len(description['output_files'])} files")
     say(f"reads       {bytes_text(read)}, writes {bytes_text(written)}")
     say(f"time        {description['seconds_at_1GB_per_second']:g} s on storage that moves 1GB/s")
@@ -212,6 +221,9 @@ def merge(
     exclude: flags.Exclude = None,
     copy: flags.Copy = None,
     with_optimizer: flags.WithOptimizer = False,
+    to: flags.To = None,
+    like: flags.Like = None,
+    map_name: flags.MapName = None,
     as_given: flags.AsGiven = False,
     pattern: flags.Pattern = None,
     allow_mixed_phases: flags.MixedPhases = False,
@@ -251,6 +263,9 @@ def merge(
         exclude,
         copy,
         with_optimizer=with_optimizer,
+        to=to,
+        like=like,
+        map_name=map_name,
         allow_nonfinite=allow_nonfinite,
         threads=threads,
         memory=memory,

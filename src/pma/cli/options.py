@@ -66,6 +66,17 @@ Pattern = Annotated[
     str | None,
     typer.Option("--pattern", metavar="REGEX", help=r"Names of checkpoints, such as 'ckpt_(?P<step>\d+)'."),
 ]
+To = Annotated[
+    str | None,
+    typer.Option("--to", metavar="FORMAT", help="The output's format, such as hf, if another."),
+]
+Like = Annotated[
+    Path | None,
+    typer.Option("--like", metavar="FOLDER", help="Become the Hugging Face model that lies there."),
+]
+MapName = Annotated[
+    str | None, typer.Option("--map", metavar="MAP", help="How: a built-in map, or a file of your own.")
+]
 AsGiven = Annotated[
     bool, typer.Option("--as-given", help="Checkpoints are named oldest first; do not order by step.")
 ]
@@ -168,6 +179,9 @@ def merge_options(
     copy: list[str] | None = None,
     *,
     with_optimizer: bool = False,
+    to: str | None = None,
+    like: Path | None = None,
+    map_name: str | None = None,
     allow_nonfinite: bool = False,
     threads: int = 2,
     memory: str = DEFAULT_MEMORY,
@@ -188,6 +202,9 @@ def merge_options(
         exclude=tuple(exclude or ()),
         copy=tuple(copy or ()),
         with_optimizer=with_optimizer,
+        to=to,
+        like=like,
+        map=map_name,
         allow_nonfinite=allow_nonfinite,
         threads=threads,
         memory_bytes=parse_bytes(memory),

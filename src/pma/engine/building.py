@@ -102,11 +102,11 @@ class Building:
         self._part.sync()
         plan = self.plan
         provenance.check_unchanged(plan)
-        newest = plan.sources[-1].point.folder
+        beside = plan.options.like or plan.sources[-1].point.folder
         self._writer.finish()
         for name, data in plan.side_files.items():
             self._writer.write_bytes(name, data)
-        origins = {name: str((newest / name).resolve()) for name in plan.side_files}
+        origins = {name: str((beside / name).resolve()) for name in plan.side_files}
         value = provenance.record(plan, self.output.digests, self.folder, origins, add_sha256=sha256)
         if hash_sources:
             provenance.add_source_digests(value)

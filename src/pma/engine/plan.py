@@ -6,8 +6,7 @@ Every error that can be foreseen surfaces here, before the first byte is written
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from pma import averaging, formats
+from pma.engine import converting
 from pma.engine.blocks import Blocks, Policy
 from pma.engine.memory_budget import DEFAULT_MEMORY_BYTES, peak_memory_bytes, tile_bytes_within
 from pma.errors import InputError, MismatchError, UsageError, printable
+from pma.formats import side_files
 from pma.formats.contracts import CheckpointReader
-from pma.formats.strict_json import parse_object
 from pma.remote import each_at_once
 from pma.trajectory import TrajectoryPoint
 from pma.types import DType, FileIdentity, Layout, Role, TensorSpec
 
 # what must be the same in all sources; anything else is the newest's
 _COMPARED = (Role.PARAMETER, Role.BUFFER, Role.MASTER)
-_TORCH_NAMES = {DType.F16: "float16", DType.BF16: "bfloat16", DType.F32: "float32", DType.F64: "float64"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +36,10 @@ class MergeOptions:
     `scheme`: see `averaging.scheme`. `weights`: given weights, oldest first, instead of a scheme. `dtype`:
     element type of averaged tensors, the inputs' own by default. `exclude`, `copy`: patterns of tensor names
     to leave out, or to take from the newest checkpoint. `with_optimizer`: average the optimizer's masters
-    too and carry the rest of the newest checkpoint's training state; left out otherwise.
+    too and carry the rest of the newest checkpoint's training state; left out otherwise. `to`: the output's
+    format, the newest checkpoint's own by default. `like`: a Hugging Face model folder; tensors get the
+    names, order and shapes of that model, by `map` (a built-in one or a file; by default the only one that
+    fits), and `exclude` then means tensors of the sources.
     """
 
     scheme: str = "sma"
@@ -46,6 +48,9 @@ class MergeOptions:
     exclude: tuple[str, ...] = ()
     copy: tuple[str, ...] = ()
     with_optimizer: bool = False
+    to: str | None = None
+    like: Path | None = None
+    map: str | None = None
     allow_nonfinite: bool = False
     threads: int = 2
     memory_bytes: int = DEFAULT_MEMORY_BYTES
@@ -53,6 +58,10 @@ class MergeOptions:
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype.kind != "float":
             raise UsageError(f"--dtype {self.dtype.name}: averages can be kept as F16, BF16, F32 or F64")
+        if self.map is not None and self.like is None:
+            raise UsageError(f"--map {self.map} needs --like FOLDER, the model that the tensors become")
+        if self.like is not None and self.with_optimizer:
+            raise UsageError("--with-optimizer keeps a trainer's own state; --like FOLDER leaves it behind")
         if self.threads < 1:
             raise UsageError(f"--threads {self.threads}: at least one is needed")
 
@@ -141,9 +150,10 @@ class Plan:
             "copied": groups["copy newest"],
             "excluded": groups["excluded"],
             "training_state_left_out": sum(
-                not _wanted(spec, self.options) for spec in self.newest.tensors.values()
+                not _wanted(spec, self.options) for spec in converting.stored_tensors(self.newest).values()
             ),
             "parameters": parameter_count(self.tensors),
+            "conversion": converting.record(self.newest),
             "output_dtypes": sorted({spec.dtype.value[0] for spec in self.layout.tensors.values()}),
             "output_files": [file.name for file in self.layout.files],
             "bytes_to_read": self.bytes_to_read,
@@ -176,16 +186,23 @@ def plan(
             opened[path] = reader
             on_error.callback(reader.close)
         readers = [opened[point.path] for point in points]
+        if options.like is not None:
+            _check_match("--exclude", options.exclude, [name for r in readers for name in r.tensors])
+            readers = converting.converted(readers, options.like, options.map, options.exclude)
         newest = readers[-1]
         everything = {name: s for r in readers for name, s in r.tensors.items() if _wanted(s, options)}
         _check_patterns(everything, options)
-        excluded = tuple(n for n in everything if any(fnmatchcase(n, p) for p in options.exclude))
+        excluded = converting.left_out(newest)
+        if options.like is None:
+            excluded = tuple(n for n in everything if any(fnmatchcase(n, p) for p in options.exclude))
         unwanted = set(excluded)
         tensors = {n: s for n, s in newest.tensors.items() if n in everything and n not in unwanted}
         _check_same(readers, {n: s for n, s in tensors.items() if s.role in _COMPARED}, excluded)
         policies = {name: _policy(spec, options.copy, newest.path) for name, spec in tensors.items()}
         outputs = {name: _output_spec(spec, policies[name], options.dtype) for name, spec in tensors.items()}
-        layout = formats.plan_layout(outputs, newest)
+        to = options.to or ("hf" if options.like is not None else None)
+        # a converted checkpoint's files are not its source's
+        layout = formats.plan_layout(outputs, newest if options.like is None else None, to)
         blocks = Blocks(layout, tensors, policies)
         tile_bytes = tile_bytes_within(options.memory_bytes, options.threads, merges=1)
         beside = _beside(newest, options.dtype)
@@ -252,12 +269,19 @@ def _check_patterns(everything: Mapping[str, TensorSpec], options: MergeOptions)
     """A pattern that matches nothing is a mistake, and so is to leave everything out."""
     if not everything:
         raise InputError("the checkpoints hold no tensor")
-    for flag, patterns in (("--exclude", options.exclude), ("--copy", options.copy)):
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in everything):
-                raise UsageError(f"{flag} {pattern!r} matches no tensor")
+    _check_match("--copy", options.copy, everything)
+    if options.like is not None:  # left out before they were converted
+        return
+    _check_match("--exclude", options.exclude, everything)
     if all(any(fnmatchcase(name, pattern) for pattern in options.exclude) for name in everything):
         raise UsageError("--exclude leaves no tensor to merge")
+
+
+def _check_match(flag: str, patterns: Sequence[str], names: Iterable[str]) -> None:
+    known = list(names)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in known):
+            raise UsageError(f"{flag} {pattern!r} matches no tensor")
 
 
 def _check_same(
@@ -319,12 +343,10 @@ def _beside(newest: CheckpointReader, dtype: DType | None) -> dict[str, bytes]:
     `dtype`: the output's type where it is not the sources' own. It is then put into config.json, because
     transformers loads weights in the type that the configuration names.
     """
-    files = dict(newest.side_files())
-    if "config.json" in files and dtype is not None:
-        config = parse_object(files["config.json"], str(newest.path / "config.json"))
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = _TORCH_NAMES[dtype]
-        files["config.json"] = json.dumps(config, indent=2).encode("utf-8") + b"\n"
-    return files
+    files = newest.side_files()
+    if dtype is None:
+        return dict(files)
+    return side_files.with_dtype(files, dtype, str(newest.path / "config.json"))
 
 
 def _scheme_text(options: MergeOptions) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from pma.engine import converting
 from pma.engine.blocks import CHUNK_BYTES
 from pma.engine.plan import Plan
 from pma.engine.stream import Digests
@@ -47,6 +48,8 @@ def record(
         "exclude": list(options.exclude),
         "copy": list(options.copy),
         "with_optimizer": options.with_optimizer,
+        "to": options.to,
+        "conversion": converting.record(plan.newest),
         "allow_nonfinite": options.allow_nonfinite,
         "sources": [
             {
@@ -74,14 +77,14 @@ def heading(plan: Plan) -> dict[str, Any]:
     """
     options = plan.options
     choices = [options.scheme, options.weights, options.exclude, options.copy, options.allow_nonfinite]
-    choices.append(options.with_optimizer)
+    choices += [options.with_optimizer, options.to]
     files = [(file.name, file.size_bytes) for file in plan.layout.files]
     headers = [data.hex() for file in plan.layout.files for _, data in file.constants]
     sources = [
         (str(_absolute(source.point.path)), [asdict(identity) for identity in source.files])
         for source in plan.sources
     ]
-    made_by = _version("pma-llm")
+    made_by = [_version("pma-llm"), converting.record(plan.newest)]
     return {
         "journal": 1,
         "sources": _digest(sources),

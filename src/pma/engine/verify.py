@@ -12,7 +12,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from pma import formats
+from pma import conversion, formats
 from pma.engine import provenance
 from pma.engine.blocks import Block
 from pma.engine.plan import MergeOptions, Plan, plan
@@ -50,7 +50,7 @@ def verify(out: Path, *, samples: int | None = 16) -> Verification:
     try:
         findings, hashed = _rehash(out, value["outputs"])
         findings += _changed_small_files(out, value["small_files"])
-        changed = tuple(_changed_sources(value["sources"]))
+        changed = (*_changed_sources(value["sources"]), *_changed_conversion(value))
         derived, total = 0, 0
         if not changed and samples != 0:
             with _planned_again(out, value) as again:
@@ -137,6 +137,21 @@ def _changed_sources(sources: Sequence[dict[str, Any]]) -> Iterator[str]:
                 yield f"{folder.path / name} has changed since"
 
 
+def _changed_conversion(value: dict[str, Any]) -> Iterator[str]:
+    """Template and map of a conversion, where they are not what they were."""
+    done = value.get("conversion")
+    if not done:
+        return
+    try:
+        like = conversion.read_template(Path(done["like"]))
+        if like.digest != done["like_blake3"]:
+            yield f"{like.path}, the model that was aimed at, has changed since"
+        if conversion.load_map(done["map"]).digest != done["map_blake3"]:
+            yield f"the map {printable(done['map'])} has changed since"
+    except PmaError as error:
+        yield str(error)
+
+
 def _planned_again(out: Path, value: dict[str, Any]) -> Plan:
     """The plan that the record describes; explicit weights stand in for the scheme that they came from.
 
@@ -149,6 +164,9 @@ def _planned_again(out: Path, value: dict[str, Any]) -> Plan:
         exclude=tuple(value["exclude"]),
         copy=tuple(value["copy"]),
         with_optimizer=value.get("with_optimizer", False),
+        to=value.get("to"),
+        like=Path(value["conversion"]["like"]) if value.get("conversion") else None,
+        map=value["conversion"]["map"] if value.get("conversion") else None,
         allow_nonfinite=value["allow_nonfinite"],
     )
     again = plan(trajectory.points, options, as_given=True)

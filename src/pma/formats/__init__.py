@@ -11,7 +11,7 @@ from pathlib import Path
 from re import Match
 from typing import cast
 
-from pma.errors import FormatError
+from pma.errors import FormatError, UsageError
 from pma.formats.contracts import UNFINISHED_FILE, UNFINISHED_SUFFIX, CheckpointReader, FormatModule
 from pma.types import CheckpointMeta, Layout, TensorSpec
 
@@ -24,8 +24,10 @@ __all__ = [
     "read_meta",
 ]
 
+_ALSO_NAMED = {"hf": "safetensors"}
 # in the order in which they are asked: folders of most have lone .pt files beside
 _BUILT_IN = (
+    "pma.formats.dcp_safetensors",
     "pma.formats.safetensors",
     "pma.formats.megatron",
     "pma.formats.dcp",
@@ -91,12 +93,16 @@ def read_meta(path: Path) -> CheckpointMeta:
 def plan_layout(
     tensors: Mapping[str, TensorSpec], like: CheckpointReader | None, to: str | None = None
 ) -> Layout:
-    """Where an output's tensors go, in the format named `to`, or in that of `like`.
+    """Where an output's tensors go, in the format named `to`, or in that of `like`. Raises UsageError for a
+    name that no format has.
 
     `like` tells more of the output where it is of the same format, or of one that the output's names in
     `LIKE`.
     """
-    wanted = to or (like.format if like is not None else None)
-    module = next(module for module in _formats() if wanted == module.FORMAT)
+    wanted = _ALSO_NAMED.get(to, to) if to is not None else like.format if like is not None else None
+    module = next((module for module in _formats() if wanted == module.FORMAT), None)
+    if module is None:
+        known = sorted({module.FORMAT for module in _formats()} | _ALSO_NAMED.keys())
+        raise UsageError(f"--to {wanted}: there are {', '.join(known)}")
     understood = getattr(module, "LIKE", (module.FORMAT,))
     return module.plan_layout(tensors, like if like is not None and like.format in understood else None)

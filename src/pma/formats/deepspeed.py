@@ -136,11 +136,15 @@ class ZeroReader(FileReader):
             t for file in (self._model, *others) for t in (*file.buffers.values(), *file.frozen.values())
         ]
         self._stored_at = [f"{t.file} {t.offset_bytes} {t.element_count}" for t in stored]
-        self._frozen = frozen_fragments([self._model, *others], str(inside))
+        self._whole = frozen_fragments([self._model, *others], str(inside))
+        self._whole |= {name: (whole_fragment(name, t),) for name, t in self._model.buffers.items()}
 
     def _vectors_of(self, ranks: Sequence[OptimizerStates]) -> dict[str, list[Vector]]:
         """By what they are: weights, and each moment that every rank has."""
         kinds = [kind for kind in ranks[0].vectors if all(kind in rank.vectors for rank in ranks)]
+        for kind in kinds:
+            if len({tensor.dtype for rank in ranks for tensor in rank.vectors[kind]}) > 1:
+                raise FormatError(f"{self.path}: {printable(kind)} is of several types")
         return {kind: self._partitions.vectors([rank.vectors[kind] for rank in ranks]) for kind in kinds}
 
     @cached_property
@@ -153,7 +157,10 @@ class ZeroReader(FileReader):
             found[name] = TensorSpec(name=name, dtype=self._model.frozen[name].dtype, shape=shape)
         for name, tensor in self._model.buffers.items():
             found[name] = TensorSpec(name=name, dtype=tensor.dtype, shape=tensor.shape, role=Role.BUFFER)
-        return found | {spec.name: spec for spec in self._training_specs()}
+        for spec in self._training_specs():
+            if found.setdefault(spec.name, spec) is not spec:
+                raise FormatError(f"{self.path}: {printable(spec.name)} occurs twice")
+        return found
 
     def _training_specs(self) -> Iterator[TensorSpec]:
         for kind, tensors in self._first.vectors.items():
@@ -166,7 +173,7 @@ class ZeroReader(FileReader):
                     parameter=name,
                 )
         for name, step in self._steps.items():
-            if isinstance(step, StoredTensor):
+            if isinstance(step, StoredTensor) and step.contiguous:
                 stored = moment_name(STEP, name)
                 yield TensorSpec(
                     name=stored, dtype=step.dtype, shape=step.shape, role=Role.OTHER, parameter=name
@@ -180,16 +187,13 @@ class ZeroReader(FileReader):
         return {name: step for group, step in zip(groups, counted, strict=True) for name in group}
 
     def fragments(self, name: str) -> tuple[Fragment, ...]:
+        if name in self._whole:
+            return self._whole[name]
         spec = self.tensors[name]
-        if name in self._frozen:
-            return self._frozen[name]
-        if spec.role is Role.BUFFER:
-            return (whole_fragment(name, self._model.buffers[name]),)
         if spec.role is Role.OTHER:
             return (whole_fragment(name, self._steps[spec.parameter or ""]),)
-        parameter = spec.parameter or name
         vectors = self._vectors[kind_of(spec)]
-        places = self._partitions.places(parameter)
+        places = self._partitions.places(spec.parameter or name)
         return tuple(part for place in places for part in vectors[place.row].fragments(name, place))
 
     @cached_property
@@ -260,9 +264,10 @@ def _check_ranks(folder: Path, model: ModelStates, ranks: Sequence[OptimizerStat
         if not same or len(kinds) > 1:
             raise FormatError(f"{folder}: {rank.file} and {first.file} are of different runs")
     shapes = model.shapes
-    for name in model.buffers.keys() | model.frozen.keys() | model.shared.keys():
-        if name in shapes:
-            raise FormatError(f"{folder}: {printable(name)} is trained, and also something else")
+    for name in (model.buffers.keys() | model.frozen.keys()) & shapes.keys() | (
+        model.buffers.keys() & model.frozen.keys()
+    ):
+        raise FormatError(f"{folder}: {printable(name)} is a parameter, and also something else")
     for name, other in model.shared.items():
         if other not in shapes and other not in model.frozen:
             raise FormatError(f"{folder}: {printable(name)} shares memory with an unknown {printable(other)}")

@@ -119,6 +119,7 @@ class _Planner:
     ) -> None:
         self._state = state
         self._like = like
+        self._planned: dict[tuple[Any, ...], OutputFile] = {}
         self._of: dict[str, dict[str, TensorSpec]] = {}
         self._whole: dict[str, TensorSpec] = {}
         for spec in tensors.values():
@@ -143,18 +144,43 @@ class _Planner:
         kinds = self._of[name]
         beside = kept(dict(self._state.beside.get(name, {})), "", {}) or {}
         fp32 = kinds[MASTERS]
-        yield _planned(self._file(name, MASTERS), {"cat_dim": 0, **beside, "param": fp32})
+        yield self._tensor_file(name, MASTERS, fp32, beside)
         for kind in dict.fromkeys((*_MOMENTS, *kinds)):
-            if kind in (MASTERS, STEP):
-                continue
-            value = _Known(value=kinds.get(kind), data={}) if kind in kinds else _zeros(fp32.shape)
-            entries = {"cat_dim": 0, **beside, "param": value.value}
-            yield _planned(self._file(name, kind), entries, value.data)
+            if kind not in (MASTERS, STEP):
+                yield self._tensor_file(name, kind, kinds.get(kind, fp32.shape), beside)
         if STEP in kinds:
-            yield _planned(self._file(name, STEP), kinds[STEP])
+            spec = kinds[STEP]
+            key: tuple[Any, ...] = (STEP, spec.dtype, spec.shape)
+            yield self._alike(self._file(name, STEP), spec.name, key, lambda: _Known(value=spec, data={}))
         elif self._state.steps.get(name) is not None:
-            step = self._step(name)
-            yield _planned(self._file(name, STEP), step.value, step.data)
+            # one object stands for the count of all parameters of a group
+            key = (STEP, id(self._state.steps[name]))
+            yield self._alike(self._file(name, STEP), "", key, lambda: self._step(name))
+
+    def _tensor_file(
+        self, name: str, kind: str, given: TensorSpec | tuple[int, ...], beside: Mapping[str, Any]
+    ) -> OutputFile:
+        """One tensor of a parameter: `given`, or zeros of a shape."""
+        key: tuple[Any, ...]
+        if isinstance(given, TensorSpec):
+            known, key, tensor = _Known(value=given, data={}), (given.dtype, given.shape), given.name
+        else:
+            known, key, tensor = _zeros(given), ("zeros", given), ""
+        entries = _Known(value={"cat_dim": 0, **beside, "param": known.value}, data=known.data)
+        if beside and beside != {"cat_dim": 0}:
+            return _planned(self._file(name, kind), entries.value, entries.data)
+        return self._alike(self._file(name, kind), tensor, key, lambda: entries)
+
+    def _alike(self, file: str, tensor: str, key: tuple[Any, ...], known: Callable[[], _Known]) -> OutputFile:
+        """A file that differs from others of the same key only in whose values it holds: their names are not
+        in it.
+        """
+        if key not in self._planned:
+            made = known()
+            self._planned[key] = _planned(file, made.value, made.data)
+        planned = self._planned[key]
+        fragments = tuple(replace(part, tensor=tensor, file=file) for part in planned.fragments)
+        return replace(planned, name=file, fragments=fragments)
 
     def optimizer_file(self) -> OutputFile:
         """What all parameters share: settings of the groups, where stages 1 and 2 look for them and where

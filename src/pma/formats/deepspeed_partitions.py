@@ -168,7 +168,12 @@ def _cut(name: str, shape: Shape, tensors: Sequence[StoredTensor], where: str) -
 
 
 def whole_fragment(name: str, tensor: StoredTensor) -> Fragment:
-    """A tensor that is stored whole."""
+    """A tensor that is stored whole. Raises FormatError where its elements are not in order."""
+    if not tensor.contiguous:
+        raise FormatError(
+            f"{tensor.file}: the elements of {printable(name)} do not lie one after the other (shape "
+            f"{tensor.shape}, strides {tensor.stride}); save it with .contiguous()"
+        )
     return Fragment(
         tensor=name,
         file=tensor.file,

@@ -173,19 +173,20 @@ def read_model_states(folder: Folder, file: str) -> ModelStates:
     shared = _texts(values.get("shared_params") or {}, where)
     names = {name for group in groups for name in group}
     buffer_names = values.get("buffer_names")
-    if not isinstance(buffer_names, (list, tuple)):
-        raise FormatError(f"{where}: buffer_names is missing; it is no file of model states")
+    if not isinstance(buffer_names, (list, tuple)) or not all(isinstance(n, str) for n in buffer_names):
+        raise FormatError(f"{where}: buffer_names is no list of names; it is no file of model states")
     frozen = _frozen(values, where)
     if not frozen and not _placeholders(module, names):
         # stage 1 stores parameters that are not trained only among the model's
         known = names | shared.keys() | set(buffer_names)
-        frozen = {n: (t.shape, t) for n, t in module.items() if n not in known and _is_tensor(t)}
+        others = {n: t for n, t in module.items() if isinstance(n, str) and n not in known}
+        frozen = {n: (t.shape, t) for n, t in others.items() if _is_tensor(t)}
     return ModelStates(
         file=file,
         digest=archive.digest,
         values=values,
         groups=groups,
-        buffers={n: module[n] for n in buffer_names if isinstance(n, str) and _is_tensor(module.get(n))},
+        buffers={n: module[n] for n in buffer_names if _is_tensor(module.get(n))},
         shared={name: other for name, other in shared.items() if name not in names},
         frozen_shapes={name: shape for name, (shape, _) in frozen.items()},
         frozen={name: tensor for name, (_, tensor) in frozen.items()},
@@ -314,7 +315,8 @@ def _inner_states(value: Any, group_count: int, where: str) -> tuple[list[Mappin
         groups = value.get("param_groups")
         value = value.get("state")
     by_number = dict(enumerate(value)) if isinstance(value, list) else value
-    if not isinstance(by_number, dict) or not isinstance(groups, list):
+    plain = isinstance(groups, list) and all(isinstance(group, dict) for group in groups)
+    if not isinstance(by_number, dict) or not plain:
         raise FormatError(f"{where}: the optimizer's own state is missing")
     rows = [by_number.get(number, {}) for number in range(group_count)]
     return [_mapping(row, where, "a group's state") for row in rows], groups

@@ -89,7 +89,7 @@ def read_meta(path: Path) -> CheckpointMeta:
     except InputError as error:
         return CheckpointMeta(incomplete=str(error))
     groups = _groups(values)
-    rate = groups[0].get("lr") if groups and isinstance(groups[0], dict) else None
+    rate = groups[0].get("lr") if groups else None
     return replace(
         model.meta, learning_rate=rate if isinstance(rate, float) and math.isfinite(rate) else None
     )
@@ -255,4 +255,4 @@ def _common_step(values: Mapping[str, Any]) -> Any:
 
 def _groups(values: Mapping[str, Any]) -> list[Any]:
     groups = values.get("param_groups")
-    return groups if isinstance(groups, list) else []
+    return [group for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []

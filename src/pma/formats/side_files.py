@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pma.errors import InputError
+from pma.formats.strict_json import parse_object
 from pma.remote import RemotePath
+from pma.types import DType
 
 # configuration, tokenizer, generation settings, chat template, code (copied and listed, never imported)
 _PATTERNS = (
@@ -29,6 +32,7 @@ _PATTERNS = (
     "*.py",
 )
 _LARGEST_BYTES = 128 * 2**20
+_TORCH_NAMES = {DType.F16: "float16", DType.BF16: "bfloat16", DType.F32: "float32", DType.F64: "float64"}
 
 
 @contextmanager
@@ -60,3 +64,15 @@ def read(source: Path) -> dict[str, bytes]:
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from error
     return files
+
+
+def with_dtype(files: Mapping[str, bytes], dtype: DType, where: str) -> dict[str, bytes]:
+    """The files with `dtype` in config.json, because transformers loads weights in the type named there.
+
+    `where`: the configuration's path, for messages.
+    """
+    if "config.json" not in files:
+        return dict(files)
+    config = parse_object(files["config.json"], where)
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = _TORCH_NAMES[dtype]
+    return {**files, "config.json": json.dumps(config, indent=2).encode("utf-8") + b"\n"}
