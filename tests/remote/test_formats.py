@@ -95,3 +95,27 @@ def test_runs_are_told_as_on_this_machine(name: str, memory: Any, tmp_path: Path
             return str(error).replace(str(run), "RUN")
 
     assert told(location("memory://run")) == told(tmp_path / "run")
+
+
+def test_a_conversion_with_everything_in_a_store(memory: Any, tmp_path: Path) -> None:
+    from ..conversion.models import FAMILIES, source, template
+    from ..conversion.trainers import random_weights, titan_shapes
+
+    sizes = FAMILIES["llama"]
+    like = template(tmp_path / "like", "llama", sizes, weights=False)
+    for name in ("a", "b"):
+        torch.manual_seed(ord(name))
+        source(tmp_path / name, random_weights(titan_shapes(sizes, generation="0.3")))
+    for file in tmp_path.rglob("*"):
+        if file.is_file():
+            memory.pipe_file(f"/all/{file.relative_to(tmp_path)}", file.read_bytes())
+
+    def merge(top: Path, out: Path, **how: Any) -> None:
+        choice = Choice(paths=(top / "a", top / "b"), as_given=True)
+        verbs.merge(choice, out, engine.MergeOptions(like=top / like.name), **how)
+
+    merge(tmp_path, tmp_path / "merged")
+    merge(location("memory://all"), location("memory://merged"), staging=tmp_path / "staging")
+    made = (tmp_path / "merged" / "model.safetensors").read_bytes()
+    assert memory.cat_file("/merged/model.safetensors") == made
+    assert engine.verify(location("memory://merged")).findings == ()

@@ -165,7 +165,7 @@ def _planned_again(out: Path, value: dict[str, Any]) -> Plan:
         copy=tuple(value["copy"]),
         with_optimizer=value.get("with_optimizer", False),
         to=value.get("to"),
-        like=Path(value["conversion"]["like"]) if value.get("conversion") else None,
+        like=location(value["conversion"]["like"]) if value.get("conversion") else None,
         map=value["conversion"]["map"] if value.get("conversion") else None,
         allow_nonfinite=value["allow_nonfinite"],
     )
