@@ -28,7 +28,7 @@ demo-moe: .venv/.installed
 
 # one torch thread: tiny models gain nothing from more, and spinning threads on a busy machine cost minutes
 test: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest --ignore tests/torture --ignore tests/heavy
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --ignore tests/torture --ignore tests/heavy
 
 # trainers whose checkpoints are read: an environment on top of the other, which stays without them
 .venv-frameworks/.installed: .venv/.installed tests/heavy/frameworks.txt
