@@ -8,7 +8,7 @@ import numpy as np
 from blake3 import blake3
 
 from pma.errors import FormatError, printable
-from pma.formats.folder import LocalFolder
+from pma.formats.folder import open_folder
 from pma.formats.reader import FileReader
 from pma.types import CheckpointMeta, DType, Fragment, Layout, OutputFile, TensorSpec
 
@@ -31,7 +31,7 @@ class NpyReader(FileReader):  # says where tensors lie; the base class moves the
     format = FORMAT
 
     def __init__(self, path: Path) -> None:
-        folder = LocalFolder(path)
+        folder = open_folder(path)
         self._specs, self._places, digests = {}, {}, {}
         for name in folder.read_whole("DONE", 2**24).decode().split():
             file = Path(name).name + ".npy"  # no name leads out of the folder

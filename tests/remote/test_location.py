@@ -86,6 +86,9 @@ def test_what_is_there(memory: Any) -> None:
     assert (checkpoint.is_dir(), checkpoint.is_file(), checkpoint.exists()) == (True, False, True)
     assert [path.name for path in checkpoint.glob("*.bin")] == ["model.bin"]
     assert [path.name for path in run.rglob("*.bin")] == ["model.bin", "part.bin"]
+    [part] = run.glob("checkpoint-*/zero/*.bin")
+    assert part.relative_to(run).as_posix() == "checkpoint-1/zero/part.bin"
+    assert run / "" == run
     assert (checkpoint / "model.bin").stat().st_size == 5
     assert (run / "notes.txt").read_text() == "notes"
     lone = location("memory://run/checkpoint-1/model.bin")

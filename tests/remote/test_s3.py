@@ -55,7 +55,10 @@ def test_inspect_and_plan_say_the_same(run: Path, bucket: Bucket) -> None:
             json.loads(right(pma(*(a.format(where) for a in arguments), "--json")).stdout)
             for where in (run, url)
         )
-        assert json.loads(json.dumps(remote).replace(url, str(run))) == local
+        remote = json.loads(json.dumps(remote).replace(url, str(run)))
+        if "peak_memory_bytes" in local:  # with what is read ahead
+            assert remote.pop("peak_memory_bytes") > local.pop("peak_memory_bytes")
+        assert remote == local
 
 
 def test_opening_reads_headers_only(run: Path, bucket: Bucket) -> None:

@@ -72,7 +72,9 @@ To = Annotated[
 ]
 Like = Annotated[
     Path | None,
-    typer.Option("--like", metavar="FOLDER", help="Become the Hugging Face model that lies there."),
+    typer.Option(
+        "--like", parser=location, metavar="FOLDER", help="Become the Hugging Face model that lies there."
+    ),
 ]
 MapName = Annotated[
     str | None, typer.Option("--map", metavar="MAP", help="How: a built-in map, or a file of your own.")

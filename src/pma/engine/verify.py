@@ -143,7 +143,7 @@ def _changed_conversion(value: dict[str, Any]) -> Iterator[str]:
     if not done:
         return
     try:
-        like = conversion.read_template(Path(done["like"]))
+        like = conversion.read_template(location(done["like"]))
         if like.digest != done["like_blake3"]:
             yield f"{like.path}, the model that was aimed at, has changed since"
         if conversion.load_map(done["map"]).digest != done["map_blake3"]:
@@ -165,7 +165,7 @@ def _planned_again(out: Path, value: dict[str, Any]) -> Plan:
         copy=tuple(value["copy"]),
         with_optimizer=value.get("with_optimizer", False),
         to=value.get("to"),
-        like=Path(value["conversion"]["like"]) if value.get("conversion") else None,
+        like=location(value["conversion"]["like"]) if value.get("conversion") else None,
         map=value["conversion"]["map"] if value.get("conversion") else None,
         allow_nonfinite=value["allow_nonfinite"],
     )

@@ -85,10 +85,15 @@ class RemotePath(_Path):
         return tuple(above)
 
     def __truediv__(self, name: Any) -> Self:
-        return self._at(f"{self._place}/{name}", listed=True)
+        inside = str(name).strip("/")
+        return self._at(f"{self._place}/{inside}", listed=True) if inside else self
 
     def joinpath(self, *names: Any) -> Self:
         return self._at("/".join([self._place, *map(str, names)]), listed=True)
+
+    def relative_to(self, other: Any, *_: Any, **__: Any) -> PurePosixPath:  # type: ignore[override]
+        """What `self` is called below the folder `other`."""
+        return PurePosixPath(self._place).relative_to(PurePosixPath(other._place))
 
     def resolve(self, strict: bool = False) -> Self:
         return self
@@ -156,9 +161,11 @@ class RemotePath(_Path):
         yield from [self / name for name in sorted(self.store.listing(self.place))]
 
     def glob(self, pattern: str, **_: Any) -> Iterator[Self]:  # type: ignore[override]  # newer Pythons add flags
-        """Entries directly in the folder whose names fit."""
-        assert "/" not in pattern, "a pattern with folders in it is not for stores"
-        return (path for path in self.iterdir() if fnmatchcase(path.name, pattern))
+        """Entries whose names fit, level by level; `**` is not for stores."""
+        assert "**" not in pattern
+        first, _slash, rest = pattern.partition("/")
+        found = (path for path in self.iterdir() if fnmatchcase(path.name, first))
+        return (inner for path in found for inner in path.glob(rest)) if rest else found
 
     def rglob(self, pattern: str, **_: Any) -> Iterator[Self]:  # type: ignore[override]  # newer Pythons add flags
         for path in self.iterdir():
