@@ -181,9 +181,10 @@ def _show_plan(description: dict[str, Any]) -> None:
     for what in ("copied", "excluded"):
         if description[what]:
             say(f"{what:<11} {_listed(description[what])}")
-    if description["training_state_left_out"]:
-        count = description["training_state_left_out"]
-        say(f"left out    {count} entries of training state, such as moments (--with-optimizer)")
+    count, entries = description["training_state_left_out"], description["entries_left_out"]
+    without = [f"{count} tensors of training state"] * bool(count) + [_listed(entries)] * bool(entries)
+    if without:
+        say(f"left out    {'; '.join(without)} (--with-optimizer carries training state)")
     if description["conversion"] is not None:
         how = description["conversion"]
         say(f"becomes     the model of {printable(how['like'])}, by map {printable(how['map'])}")

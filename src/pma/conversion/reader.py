@@ -52,6 +52,9 @@ class ConvertedReader:
     def tensors(self) -> Mapping[str, TensorSpec]:
         return self.conversion.tensors
 
+    def left_out(self, tensors: Mapping[str, TensorSpec]) -> tuple[str, ...]:
+        return ()  # nothing but tensors is converted
+
     @property
     def is_remote(self) -> bool:
         return self.inner.is_remote

@@ -152,6 +152,7 @@ class Plan:
             "training_state_left_out": sum(
                 not _wanted(spec, self.options) for spec in converting.stored_tensors(self.newest).values()
             ),
+            "entries_left_out": list(self.newest.left_out(self.layout.tensors)),
             "parameters": parameter_count(self.tensors),
             "conversion": converting.record(self.newest),
             "output_dtypes": sorted({spec.dtype.value[0] for spec in self.layout.tensors.values()}),

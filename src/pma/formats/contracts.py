@@ -76,6 +76,9 @@ class CheckpointReader(Protocol):
     def side_files(self) -> Mapping[str, bytes]:
         """Small files that belong beside a copy of the weights: configuration, tokenizer, custom code."""
 
+    def left_out(self, tensors: Mapping[str, TensorSpec]) -> tuple[str, ...]:
+        """Entries that are no tensors and that an output with `tensors` in this format does without."""
+
     def identities(self) -> tuple[FileIdentity, ...]:
         """Size, time and header digest of each file, as they are now."""
 

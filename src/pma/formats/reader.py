@@ -73,6 +73,9 @@ class FileReader:
     def side_files(self) -> Mapping[str, bytes]:
         return side_files.read(self.path)
 
+    def left_out(self, tensors: Mapping[str, TensorSpec]) -> tuple[str, ...]:
+        return ()
+
     def identities(self) -> tuple[FileIdentity, ...]:
         self.folder.refresh()
         found = []
