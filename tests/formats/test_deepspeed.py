@@ -53,6 +53,8 @@ def zero(seed: int = 0, **how: Any) -> Zero:
 
 def values(reader: CheckpointReader, name: str) -> torch.Tensor:
     spec = reader.tensors[name]
+    # no padding among them
+    assert sum(fragment.length_bytes for fragment in reader.fragments(name)) == spec.length_bytes
     return _torch_tensor(Raw(spec=spec, data=read_whole(reader, name)))
 
 
