@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from typing import Any
 import merge_speed
 import peers
 import summary
-from merge_speed import HERE, Bench, Times, prepare
+from merge_speed import HERE, START_SECONDS, Bench, Times, prepare
 from roofline import roofline, weight_files
 
 LABELS = {
@@ -56,7 +57,11 @@ def turns(bench: Bench, runs: dict[str, list[Path]]) -> dict[str, tuple[list[Pat
         return lambda out: bench.merged(list(map(str, sources)), out)
 
     def plain(sources: list[Path]) -> Callable[[Path], Times]:
-        return lambda out: roofline(sources, out, bench.threads)
+        def measured(out: Path) -> Times:
+            time.sleep(START_SECONDS)
+            return roofline(sources, out, bench.threads)
+
+        return measured
 
     def naive(out: Path) -> Times:
         command = [sys.executable, str(HERE / "peers.py"), "naive-dcp", str(runs["dcp"][0].parent), str(out)]
