@@ -21,7 +21,8 @@ pytestmark = [
         importlib.util.find_spec("olmo_core") is None,
         reason="OLMo-core is not installed: pip install ai2-olmo-core",
     ),
-    pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:FutureWarning"),
+    # its own, of packages of Google's that are not needed here, among others
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::ImportWarning"),
 ]
 
 
