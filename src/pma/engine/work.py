@@ -58,6 +58,8 @@ def shared_work(plans: Sequence[Plan]) -> Work:
     readers: dict[Path, CheckpointReader] = {}
     for plan in sorted(plans, key=lambda plan: -len(plan.readers)):
         readers |= {reader.path: reader for reader in plan.readers if reader.path not in readers}
+    for reader in readers.values():
+        _ = reader.layout_digest  # finds where all tensors lie: what is damaged shows before the work
     order = _order(plans, list(readers))
     first = plans[0]
     options = first.options

@@ -6,6 +6,7 @@ read as named tensors.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,22 @@ from pma.types import Box, Fragment, TensorSpec
 _LARGEST_VALUE_BYTES = 16 * 2**20
 
 
+# a run is listed before its checkpoints are opened; large ones are read again rather than held
+_recent: OrderedDict[tuple[str, int], Metadata] = OrderedDict()
+_MOST_RECENT = 64
+_LARGEST_KEPT_BYTES = 2 * 2**20
+
+
+def _parsed(data: bytes, digest: str, where: str, stored_bytes: int) -> Metadata:
+    key = (digest, stored_bytes)
+    metadata = _recent.pop(key, None) or dcp_metadata.parse(data, where, stored_bytes)
+    if len(data) <= _LARGEST_KEPT_BYTES:
+        _recent[key] = metadata
+        while len(_recent) > _MOST_RECENT:
+            _recent.popitem(last=False)
+    return metadata
+
+
 class Part:
     """One folder with a `.metadata`, `prefix` below the checkpoint ("" or "name/")."""
 
@@ -46,7 +63,7 @@ class Part:
         data = folder.read_whole(name, min(LARGEST_METADATA_BYTES, stored_bytes + 2**20))
         self.digest = blake3(data).hexdigest()
         where = str(folder.path / name)
-        self.metadata: Metadata = dcp_metadata.parse(data, where, stored_bytes)
+        self.metadata = _parsed(data, self.digest, where, stored_bytes)
         self.files = tuple(prefix + file for file in self.metadata.files)
         _check_places(self.metadata, [folder.size_bytes(file) for file in self.files], folder.path / prefix)
 
