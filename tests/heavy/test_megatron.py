@@ -1,6 +1,7 @@
-"""Checkpoints that megatron-core 0.16.1 saved: merged, loaded back by it on another number of ranks."""
+"""Checkpoints that megatron-core 0.16.1 saved: merged, loaded by it on other numbers of ranks, trained on."""
 
 import importlib.util
+import json
 import shutil
 from collections.abc import Sequence
 from contextlib import closing
@@ -19,6 +20,7 @@ from pma.testing.distributed import as_float64, load_dcp, torchrun
 from pma.types import Role
 
 FIXTURES = Path(__file__).parents[1] / "formats" / "fixtures"
+TRAINING = Path(__file__).with_name("megatron_fixture.py")
 pytestmark = [
     pytest.mark.skipif(
         importlib.util.find_spec("megatron") is None,
@@ -32,6 +34,14 @@ pytestmark = [
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("megatron") / "run"
     torchrun(FIXTURES / "save_megatron.py", 2, "--out", folder, "--steps", 10, 20, 30)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of megatron-core's own GPT and optimizer, two ranks of tensor parallelism."""
+    folder = tmp_path_factory.mktemp("megatron-trained") / "run"
+    torchrun(TRAINING, 2, "train", folder, 2, 4, 6)
     return folder
 
 
@@ -54,6 +64,27 @@ def test_megatron_loads_the_merge_on_four_ranks(run: Path, tmp_path: Path) -> No
     out = merged([run / f"iter_{step:07}" for step in (10, 20, 30)], tmp_path / "out")
     assert (out / "latest_checkpointed_iteration.txt").read_text() == "30"
     torchrun(FIXTURES / "load_megatron.py", 4, out / "iter_0000030", 10, 20, 30)
+
+
+@pytest.mark.parametrize("with_optimizer", [False, True])
+@pytest.mark.parametrize("ranks", [2, 1])
+def test_megatron_trains_on_from_a_merge(
+    trained: Path, tmp_path: Path, ranks: int, with_optimizer: bool
+) -> None:
+    """The loss is that of weights averaged in fp64, and a step of Megatron's own optimizer lowers it."""
+    sources = [trained / f"iter_{step:07}" for step in (2, 4, 6)]
+    out = merged(sources, tmp_path / "out", with_optimizer=with_optimizer)
+    torchrun(TRAINING, ranks, "resume", tmp_path / "told.json", out / "iter_0000006", *sources)
+    every = json.loads((tmp_path / "told.json").read_text())
+    assert len(every) == ranks
+    for told in every:
+        assert (told["iteration"], told["carried"]) == (6, with_optimizer)
+        assert told["moments"] == [True] * (30 if with_optimizer else 0)
+        assert told["equal"]
+        assert told["loss"] == told["expected_loss"] == told["step_loss"]
+        assert told["loss"] not in told["source_losses"]
+        assert told["moved"] == told["parameters"] == 15
+        assert told["loss_after"] < told["loss"] < told["loss_after"] + 0.5
 
 
 def test_the_merge_is_a_checkpoint_again(run: Path, tmp_path: Path) -> None:
