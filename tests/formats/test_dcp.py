@@ -1,11 +1,13 @@
 """Distributed checkpoints of 1, 2 and 4 ranks, written by torch: read, merged across shardings, loaded."""
 
+import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -224,13 +226,36 @@ def test_converts_by_torchs_own_tool(runs: Path, tmp_path: Path) -> None:
     assert all(torch.equal(converted[name], loaded[name]) for name in loaded)
 
 
-def test_training_goes_on_from_a_merge(runs: Path, tmp_path: Path) -> None:
-    """Under FSDP2, with the newest optimizer state, on another number of ranks than any source."""
-    sources = [runs / NAMES["torchtitan"].format(step) for step in (4, 6)]
-    out = merged(sources, tmp_path / "out", with_optimizer=True)
-    torchrun(FIXTURES / "resume_distributed.py", 3, out, tmp_path / "losses.txt")
-    before, after = map(float, (tmp_path / "losses.txt").read_text().split())
-    assert after < before
+@pytest.fixture(scope="module")
+def resumed(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Under FSDP2, on another number of ranks than any source: what each trainer did with its merge."""
+    folder = tmp_path_factory.mktemp("resumed")
+    wanted = []
+    for name in PROFILES:
+        sources = [runs / NAMES[name].format(step) for step in (4, 6)]
+        wanted.append(f"{name}={merged(sources, folder / name, with_optimizer=True)}")
+    sources = [runs / f"safetensors/step_{step}" for step in (2, 4)]
+    wanted.append(f"safetensors={merged(sources, folder / 'safetensors')}")
+    torchrun(FIXTURES / "resume_distributed.py", 3, folder / "told.json", *wanted)
+    found: dict[str, Any] = json.loads((folder / "told.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("name", [*PROFILES, "safetensors"])
+def test_training_goes_on_from_a_merge(runs: Path, resumed: dict[str, Any], name: str) -> None:
+    """With the mean as weights and, where it is kept, the newest optimizer state."""
+    told = resumed[name]
+    before, after = told["losses"]
+    assert after < before < 5
+    assert told["moved"] == [21, 21]
+    # one step was made to have a state to load into
+    assert told["counted"] == [1 if name in ("plain", "safetensors") else 6]
+    each = [weights_of(runs / NAMES["plain"].format(step)) for step in (4, 6)]
+    if name == "safetensors":
+        each = [weights_of(runs / NAMES["plain"].format(step)) for step in (2, 4)]
+    for key, total in told["sum"].items():
+        mean = np.mean([as_float64(weights[key]) for weights in each], axis=0)
+        assert total == pytest.approx(mean.astype(np.float32).astype(np.float64).sum(), rel=1e-12), key
 
 
 def test_shards_of_safetensors_without_an_index_become_ordinary_safetensors(

@@ -121,8 +121,11 @@ def test_training_goes_on_from_a_merge_that_carries_the_optimizer(tmp_path: Path
     assert torch.equal(*moments)
     assert_mean(after["state_dict"], [loaded(path)["state_dict"] for path in paths])
     on = trainer(tmp_path / "on", 7)
-    on.fit(Module(), data(), ckpt_path=out, weights_only=False)
+    module = Module()
+    on.fit(module, data(), ckpt_path=out, weights_only=False)
     assert on.global_step == 7
+    moved = [(p - after["state_dict"][name]).abs().max() for name, p in module.named_parameters()]
+    assert all(0 < float(most) < 0.05 for most in moved)  # a step of Adam at a rate of 0.03
 
 
 def test_with_an_averaging_callback_the_live_weights_are_merged(tmp_path: Path) -> None:
