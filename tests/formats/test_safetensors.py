@@ -3,6 +3,7 @@ files.
 """
 
 import json
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from pma.formats.safetensors_header import LARGEST_HEADER_BYTES, Header, encode_
 from pma.testing import Raw, ReaderContract, WriterContract, random_raw, tiny_run
 from pma.testing.builders import write_safetensors
 from pma.testing.contracts import SAMPLE, read_whole
+from pma.testing.refusals import assert_refused
 from pma.types import DType, Layout, TensorSpec
 
 EVERY_TYPE = [
@@ -237,6 +239,44 @@ def test_a_huge_header_is_not_read(tmp_path: Path) -> None:
 def test_a_header_that_is_not_a_json_object_is_refused(tmp_path: Path, raw: bytes) -> None:
     with pytest.raises(FormatError):
         header_of(file_with(tmp_path, None, raw=raw))
+
+
+SPACE = LARGEST_HEADER_BYTES - 100
+BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
+    "as many names as a header has room for": (lambda: _names(240_000), "more names and values"),
+    "as many names as are read, and a lie": (
+        lambda: _names(50_000) + b',"a":{"dtype":"F99","shape":[],"data_offsets":[0,0]}}',
+        "F99",
+    ),
+    "names of nothing": (
+        lambda: b"{" + b",".join(b'"%x":1' % i for i in range(SPACE // 11)) + b"}",
+        "more names and values",
+    ),
+    "empty lists": (lambda: b'{"a":[' + b"[]," * (SPACE // 3) + b"[]]}", "more names and values"),
+    "empty objects": (lambda: b'{"a":[' + b"{}," * (SPACE // 3) + b"{}]}", "more names and values"),
+    "numbers": (lambda: b'{"a":[' + b"1," * (SPACE // 2) + b"1]}", "more names and values"),
+    "one number": (lambda: b'{"a":' + b"9" * SPACE + b"}", "JSON"),
+    "text": (lambda: b'{"a":"' + b"x" * SPACE + b'"}', "exactly dtype"),
+    "text of wide characters": (lambda: b'{"a":"' + b"x" * SPACE + "😀".encode() + b'"}', "more names"),
+    "spaces": (lambda: b"{" + b" " * SPACE + b'"a":1}', "exactly dtype"),
+    "deep nesting": (lambda: b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "JSON"),
+}
+
+
+def _names(count: int) -> bytes:
+    entry = b'"layers.%d.weight":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    return b"{" + b",".join(entry % number for number in range(count))
+
+
+@pytest.mark.parametrize("trick", BOMBS)
+def test_bombs_are_refused_soon_and_in_little_memory(tmp_path: Path, trick: str) -> None:
+    made, reason = BOMBS[trick]
+    assert_refused(file_with(tmp_path, None, b"", raw=made()), "model.safetensors", reason)
+
+
+def test_a_file_of_many_tensors_is_read(tmp_path: Path) -> None:
+    path = file_with(tmp_path, None, b"", raw=_names(50_000) + b"}")
+    assert len(header_of(path).tensors) == 50_000
 
 
 def test_a_name_that_occurs_twice_is_refused(tmp_path: Path) -> None:

@@ -31,6 +31,9 @@ CHECKPOINT_NAME = dcp.CHECKPOINT_NAME
 _SHARD = re.compile(r"shard-\d{5,9}-model-\d{5}-of-\d{5}\.safetensors", re.ASCII)
 _SHARDING_KEY = "DCP_SHARDING_INFO"
 _OFFSETS_KEY = "saved_offsets"
+_LARGEST_END = 2**62
+# about 40,000 tensors in one shard
+_SHARDING_BUDGET_BYTES = 24 * 2**20
 
 
 def detect(path: Path) -> bool:
@@ -83,7 +86,7 @@ class Reader(FileReader):
                     file=file,
                     offset_bytes=header.offsets_bytes[name],
                     length_bytes=spec.length_bytes,
-                    box=(_start(starts, name, len(spec.shape), f"{path / file}"), spec.shape),
+                    box=(_start(starts, spec, f"{path / file}"), spec.shape),
                 )
                 self._fragments.setdefault(name, []).append(fragment)
 
@@ -118,16 +121,22 @@ def _starts(metadata: Mapping[str, str], where: str) -> Mapping[str, Any]:
         raise FormatError(
             f"{where}: {_SHARDING_KEY} is missing, so it cannot be told where its pieces belong"
         )
-    return parse_object(text.encode("utf-8", "surrogatepass"), f"{where}: {_SHARDING_KEY}")
+    return parse_object(
+        text.encode("utf-8", "surrogatepass"),
+        f"{where}: {_SHARDING_KEY}",
+        budget_bytes=_SHARDING_BUDGET_BYTES,
+    )
 
 
-def _start(starts: Mapping[str, Any], name: str, dimensions: int, where: str) -> tuple[int, ...]:
-    entry = starts.get(name)
+def _start(starts: Mapping[str, Any], spec: TensorSpec, where: str) -> tuple[int, ...]:
+    entry = starts.get(spec.name)
     found = entry.get(_OFFSETS_KEY) if isinstance(entry, dict) else None
-    if not isinstance(found, list) or len(found) != dimensions or not all(map(_is_count, found)):
-        raise FormatError(f"{where}: it is not said where {printable(name)} begins")
+    if not isinstance(found, list) or len(found) != len(spec.shape) or not all(map(_is_count, found)):
+        raise FormatError(f"{where}: it is not said where {printable(spec.name)} begins")
+    if any(start + size >= _LARGEST_END for start, size in zip(found, spec.shape, strict=True)):
+        raise FormatError(f"{where}: where {printable(spec.name)} ends is not believable")
     return tuple(found)
 
 
 def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**62
+    return type(value) is int and value >= 0

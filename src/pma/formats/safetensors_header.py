@@ -22,8 +22,10 @@ from pma.formats.folder import Folder
 from pma.formats.strict_json import parse_object
 from pma.types import DType, TensorSpec
 
-# the library itself allows 100 MB; a header of 100,000 tensors has about 12
-LARGEST_HEADER_BYTES = 32 * 2**20
+# the library itself allows 100 MB; a header of 10,000 tensors has about one
+LARGEST_HEADER_BYTES = 16 * 2**20
+# about 50,000 tensors in one file
+_HEADER_BUDGET_BYTES = 60 * 2**20
 _DTYPES = {dtype.value[0]: dtype for dtype in DType}
 _FIRST_READ_BYTES = 2**15
 # the shards of a run's checkpoints have the same headers: each is parsed, checked and held once
@@ -64,20 +66,20 @@ def read_header(folder: Folder, name: str) -> Header:
             f"{path}: the header should end at byte {8 + header_bytes}, the file at {file_bytes}. It was "
             "cut short"
         )
-    rest = bytearray(max(8 + header_bytes - len(first), 0))
-    folder.read(name, len(first), [memoryview(rest)])
-    text = (first[8:] + rest)[:header_bytes]
+    text = first[8 : 8 + header_bytes]
+    text.extend(bytes(header_bytes - len(text)))
+    folder.read(name, len(first), [memoryview(text)[max(0, len(first) - 8) :]])
     digest = blake3(text).hexdigest()
     header = _parsed.get((digest, file_bytes))
     if header is None:
-        header = _parsed[digest, file_bytes] = _checked(path, bytes(text), file_bytes, digest)
+        header = _parsed[digest, file_bytes] = _checked(path, text, file_bytes, digest)
     return header
 
 
-def _checked(path: Path, text: bytes, file_bytes: int, digest: str) -> Header:
+def _checked(path: Path, text: bytearray, file_bytes: int, digest: str) -> Header:
     if not text.startswith(b"{"):
         raise FormatError(f"{path}: the header does not start with '{{'; this is no safetensors file")
-    entries = parse_object(text, f"{path}: the header")
+    entries = parse_object(text, f"{path}: the header", budget_bytes=_HEADER_BUDGET_BYTES)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError(f"{path}: __metadata__ must map names to strings")

@@ -19,8 +19,16 @@ def load_object(path: Path, largest_bytes: int) -> dict[str, Any]:
     return parse_object(path.read_bytes(), str(path))
 
 
-def parse_object(text: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in `text`; `where` starts the message of an error. Raises FormatError."""
+def parse_object(text: bytes | bytearray, where: str, *, budget_bytes: int | None = None) -> dict[str, Any]:
+    """The JSON object in `text`; `where` starts the message of an error. Raises FormatError.
+
+    `budget_bytes`: about how much memory its values may take; more is refused before it is parsed.
+    """
+    if budget_bytes is not None and _estimate_bytes(text) > budget_bytes:
+        raise FormatError(
+            f"{where} holds more names and values than are believable for it: they would take more than "
+            f"{budget_bytes} bytes of memory"
+        )
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -28,6 +36,20 @@ def parse_object(text: bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FormatError(f"{where} holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def _estimate_bytes(text: bytes | bytearray) -> int:
+    """Memory that parsing takes, from above, told by counting what JSON is made of.
+
+    Three keys of an object are free: entries of a header have as many, and names that recur are held once.
+    """
+    width = 1 if text.isascii() else 4
+    objects, lists, keys, values, quotes = (text.count(mark) for mark in (b"{", b"[", b":", b",", b'"'))
+    free = 3 * objects
+    names_and_strings = 170 * max(0, keys - free) + 55 * max(0, quotes // 2 - free)
+    return (
+        (1 + 2 * width) * len(text) + 190 * objects + 90 * lists + 36 * values + 30 * keys + names_and_strings
+    )
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
