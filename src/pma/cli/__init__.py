@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from pma import __version__
-from pma.cli import evaluating, merging, sweeping, training
+from pma.cli import evaluating, merging, spikes, sweeping, training
 from pma.cli.output import say
 from pma.errors import Interrupted
 
@@ -30,6 +30,7 @@ training.register_demo(app)
 merging.register(app)
 sweeping.register(app)
 evaluating.register(app)
+spikes.register(app)
 training.register(app)
 
 

@@ -12,6 +12,7 @@ from pma.trajectory.discover import (
 )
 from pma.trajectory.phases import Phase
 from pma.trajectory.presets import Preset, fitted, preset
+from pma.trajectory.way_past import WayPast, ways_past
 from pma.trajectory.window import Window, of_one_phase, select
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Preset",
     "Trajectory",
     "TrajectoryPoint",
+    "WayPast",
     "Window",
     "discover",
     "fitted",
@@ -28,4 +30,5 @@ __all__ = [
     "preset",
     "resolve",
     "select",
+    "ways_past",
 ]
