@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pma import averaging
+from pma.conversion import ConvertedReader
 from pma.errors import FormatError, MismatchError, UsageError
 from pma.formats import interval_mean
 from pma.formats.contracts import CheckpointReader
@@ -120,6 +121,13 @@ def with_means(
     opened.update(zip(missing, each_at_once(interval_mean.open_reader, missing), strict=True))
     names = [[n for n, spec in reader.tensors.items() if averaged(spec)] for reader in readers]
     return [MeanReader(r, opened[p], n) for r, p, n in zip(readers, found, names, strict=True)]
+
+
+def read_from(reader: CheckpointReader, tensor: str) -> str:
+    """Where a tensor is read from, for messages."""
+    inner = reader.inner if isinstance(reader, ConvertedReader) else reader
+    from_mean = isinstance(inner, MeanReader) and (inner is not reader or inner.is_averaged(tensor))
+    return f"the interval mean of {reader.path}" if from_mean else str(reader.path)
 
 
 def described(means_N: Sequence[IntervalMean]) -> dict[str, Any]:

@@ -57,6 +57,10 @@ class MeanReader:
     def tensors(self) -> Mapping[str, TensorSpec]:
         return self._specs
 
+    def is_averaged(self, name: str) -> bool:
+        """Whether a tensor is read from the mean."""
+        return name in self._stored
+
     @property
     def is_remote(self) -> bool:
         return self.inner.is_remote
