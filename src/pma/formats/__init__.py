@@ -13,6 +13,7 @@ from typing import cast
 
 from pma.errors import FormatError, UsageError
 from pma.formats.contracts import UNFINISHED_FILE, UNFINISHED_SUFFIX, CheckpointReader, FormatModule
+from pma.formats.state_beside import WithState
 from pma.types import CheckpointMeta, Layout, TensorSpec
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "is_checkpoint",
     "named_step",
     "open_checkpoint",
+    "open_resumable",
     "plan_layout",
     "read_meta",
 ]
@@ -67,11 +69,22 @@ def open_checkpoint(path: Path) -> CheckpointReader:
     """Open the checkpoint at `path` with the format that recognises it. Raises FormatError where none
     does.
     """
+    return _recognised(path).open_reader(path)
+
+
+def open_resumable(path: Path) -> CheckpointReader:
+    """As `open_checkpoint`, with the training state that its trainer keeps in files beside the weights."""
+    module = _recognised(path)
+    reader: CheckpointReader = getattr(module, "open_resumable", module.open_reader)(path)
+    return reader
+
+
+def _recognised(path: Path) -> FormatModule:
     if not path.exists():
         raise FormatError(f"{path} does not exist")
     module = _format_of(path)
     if module is not None:
-        return module.open_reader(path)
+        return module
     what = "a folder without files of a known format" if path.is_dir() else "a file of no known format"
     raise FormatError(
         f"{path} is {what}; expected a checkpoint, such as a folder with model.safetensors in it"
@@ -105,4 +118,8 @@ def plan_layout(
         known = sorted({module.FORMAT for module in _formats()} | _ALSO_NAMED.keys())
         raise UsageError(f"--to {wanted}: there are {', '.join(known)}")
     understood = getattr(module, "LIKE", (module.FORMAT,))
-    return module.plan_layout(tensors, like if like is not None and like.format in understood else None)
+    source = like if like is not None and like.format in understood else None
+    if not isinstance(source, WithState):
+        return module.plan_layout(tensors, source)
+    weights: CheckpointReader = source.weights
+    return source.completed(module.plan_layout(source.of_weights(tensors), weights), tensors)

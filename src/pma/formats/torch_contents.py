@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pma.errors import FormatError, printable
+from pma.formats.optimizer_kinds import FIRST_MOMENTS, MASTERS, SECOND_MOMENTS
 from pma.formats.torch_archive import StoredTensor
 from pma.formats.torch_pickle import CannotEncode, TensorPlace, encode
 from pma.formats.unpickling import OrderedMapping
@@ -55,7 +56,7 @@ _TRAINING = frozenset(
         "train_dataloader",
     }
 )
-_MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg"})
+_MOMENTS = FIRST_MOMENTS | SECOND_MOMENTS
 _DEEPEST = 100
 _LARGEST_COUNT = 2**63
 
@@ -124,9 +125,14 @@ def others_in(found: Contents, where: str) -> Iterator[tuple[str, StoredTensor]]
         yield from tensors_in(entry, str(key), where, 0)
 
 
-def role_of(name: str) -> Role:
-    """The role of a tensor that is not a weight."""
-    return Role.MOMENT if name.rpartition("/")[2] in _MOMENTS else Role.OTHER
+def spec_of(name: str, tensor: StoredTensor) -> TensorSpec:
+    """A tensor that is not a weight: what an optimizer keeps for a parameter is in its `state`, by the
+    parameter.
+    """
+    *_, inside, _, kind = ("", "", *name.split("/"))
+    kept = kind if inside == "state" else None
+    role = Role.MASTER if kept in MASTERS else Role.MOMENT if kept in _MOMENTS else Role.OTHER
+    return TensorSpec(name=name, dtype=tensor.dtype, shape=tensor.shape, role=role, kind=kept)
 
 
 def tensors_in(
@@ -161,7 +167,7 @@ def rebuilt(found: Contents, tensors: Mapping[str, TensorSpec]) -> Rebuilt:
     weights = _weights(found.weights, tensors)
     if found.weights_at is None:
         return Rebuilt(value=weights, left_out=())
-    training = any(spec.role in (Role.MOMENT, Role.OTHER) for spec in tensors.values())
+    training = any(spec.role in (Role.MASTER, Role.MOMENT, Role.OTHER) for spec in tensors.values())
     made: dict[Any, Any] = {}
     missing: list[str] = []
     for key, entry in found.rest.items():

@@ -1,0 +1,98 @@
+"""The training state of a plan: is all of it there that a trainer needs, and what becomes of each part?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from pma.engine import Plan
+from pma.engine.blocks import Policy
+from pma.errors import InputError, MismatchError, UsageError, printable
+from pma.formats.state_beside import WithState
+from pma.types import Role, TensorSpec
+
+_WEIGHTS = (Role.PARAMETER, Role.BUFFER, Role.OPAQUE)
+
+
+def check(plan: Plan) -> None:
+    """Raises UsageError or InputError where no trainer could go on from the plan's output."""
+    newest = plan.newest
+    if not any(spec.role is Role.MOMENT for spec in plan.tensors.values()):
+        ignored = "".join(f"; not read: {name}" for name in newest.ignored_files[:2])
+        raise InputError(
+            f"{newest.path} stores no optimizer's state, so a trainer cannot go on from it with --optimizer "
+            f"{plan.options.moments}{ignored}. Weights alone, to start with a fresh optimizer and schedule: "
+            "--for ct"
+        )
+    missing = newest.left_out(plan.layout.tensors)
+    if missing:
+        names = ", ".join(printable(name) for name in missing[:4])
+        raise InputError(
+            f"{newest.path} holds training state that cannot be carried: {names}. Weights alone: --for ct"
+        )
+    if plan.options.moments == "average":
+        _check_averages(plan)
+    if isinstance(newest, WithState):
+        _check_files(newest)
+
+
+def _check_averages(plan: Plan) -> None:
+    """Means of squares are no squares under weights below zero; the same place must be the same parameter."""
+    if any(weight < 0 for weight in plan.weights):
+        raise UsageError(
+            "--optimizer average needs weights of zero or more: means of squares may not be less"
+        )
+    newest = plan.newest
+    for reader in plan.readers[:-1]:
+        if isinstance(reader, WithState) and isinstance(newest, WithState):
+            for file, value in newest.values.items():
+                if _groups(reader.values.get(file)) != _groups(value):
+                    raise MismatchError(
+                        f"{reader.path / file} has its parameters in other groups than {newest.path / file}; "
+                        "leave that checkpoint out, or take the newest's moments with --optimizer newest"
+                    )
+
+
+def _groups(value: Any) -> list[list[Any]]:
+    """The parameters of each group, in order."""
+    states = value if isinstance(value, list) else [value]
+    groups = [group for s in states if isinstance(s, dict) for group in s.get("param_groups", ())]
+    return [list(group.get("params", ())) for group in groups if isinstance(group, dict)]
+
+
+def _check_files(newest: WithState) -> None:
+    if "optimizer.pt" in newest.values and "scheduler.pt" not in newest.copied:
+        raise InputError(
+            f"{newest.path} has optimizer.pt but no scheduler.pt: the Trainer loads both or neither, and "
+            "would silently begin its schedule anew. Weights alone: --for ct"
+        )
+
+
+def treated(plan: Plan) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """What is kept of the newest, what is zero, what is averaged, in words."""
+    counts: dict[Policy, Counter[str]] = {policy: Counter() for policy in Policy}
+    for name, spec in plan.layout.tensors.items():
+        counts[plan.policies[name]][_what(spec)] += 1
+    kept, reset, averaged = (
+        tuple(f"{what} ({count})" for what, count in counts[policy].items())
+        for policy in (Policy.COPY_NEWEST, Policy.ZERO, Policy.AVERAGE)
+    )
+    return kept + tuple(_carried(plan)), reset, averaged
+
+
+def _what(spec: TensorSpec) -> str:
+    if spec.role in _WEIGHTS:
+        return "weights"
+    if spec.role is Role.MASTER:
+        return "fp32 masters"
+    return printable(spec.kind) if spec.kind is not None else "other training state"
+
+
+def _carried(plan: Plan) -> Iterator[str]:
+    """Small files of the newest checkpoint that go along as they are."""
+    folder = plan.sources[-1].point.folder
+    for name in plan.layout.records:
+        hidden = name.rpartition("/")[2].startswith(".")
+        if not hidden and not name.endswith("index.json") and (folder / name).is_file():
+            yield printable(name)
