@@ -117,7 +117,7 @@ def init(
     as in `engine.write`.
     """
     with plan_init(choice, options, optimizer=optimizer, purpose=purpose, before_step=before_step) as planned:
-        return restart.write(planned, out, **how)
+        return restart.write(planned, out, optimizer=optimizer, purpose=purpose, **how)
 
 
 def average(choice: Choice, options: MergeOptions | None = None) -> dict[str, Tensor]:

@@ -98,6 +98,8 @@ def init(
             done = restart.write(
                 planned,
                 out,
+                optimizer=optimizer,
+                purpose=purpose or "resume",
                 inside_run=inside_run,
                 fresh=fresh,
                 break_lock=break_lock,

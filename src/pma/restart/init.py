@@ -19,6 +19,8 @@ from pma.trajectory import TrajectoryPoint
 
 #: to go on training, or to start supervised fine-tuning or continued training with fresh training state
 PURPOSES = ("resume", "sft", "ct")
+#: formats whose merges without moments keep steps and schedule, and begin the optimizer anew
+_BEGIN_ANEW = ("deepspeed", "deepspeed-universal")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,22 +62,27 @@ def planned(
     try:
         if resuming:
             check(plan)
+        if resuming and optimizer == "reset" and plan.newest.format in _BEGIN_ANEW:
+            plan.close()
+            plan = engine.plan(points, options, **how)
     except BaseException:
         plan.close()
         raise
     return plan
 
 
-def write(plan: Plan, out: Path, **how: Unpack[How]) -> Restart:
-    """Carry out what `planned` made, into the new folder `out`; `how` as in `engine.write`."""
-    resuming = plan.options.with_optimizer
+def write(plan: Plan, out: Path, *, optimizer: str, purpose: str, **how: Unpack[How]) -> Restart:
+    """Carry out what `planned` made with the same `optimizer` and `purpose`; `how` as in `engine.write`."""
+    resuming = purpose == "resume"
     kept, reset, averaged = treated(plan)
+    if resuming and not plan.options.with_optimizer:
+        kept, reset = (*kept, "steps and schedule"), (*reset, "moments and their counts of steps")
     command, notes = how_to_go_on(plan, shlex.quote(str(out)), resuming=resuming)
     done = engine.write(plan, out, **how)
     return Restart(
         path=out,
         step=plan.sources[-1].point.step if resuming else None,
-        optimizer=plan.options.moments if resuming else None,
+        optimizer=optimizer if resuming else None,
         resume_command=command,
         kept=kept,
         reset=reset,

@@ -31,6 +31,11 @@ def check(plan: Plan) -> None:
         raise InputError(
             f"{newest.path} holds training state that cannot be carried: {names}. Weights alone: --for ct"
         )
+    if newest.format == "megatron" and plan.options.moments == "reset":
+        raise UsageError(
+            f"{newest.path}: Megatron counts the optimizer's steps in its common state, which is carried "
+            "unopened, so --optimizer reset would leave the count; second-moment, average and newest work"
+        )
     if plan.options.moments == "average":
         _check_averages(plan)
     if isinstance(newest, WithState):
