@@ -215,7 +215,8 @@ def plan(
         outputs = {name: _output_spec(spec, policies[name], options.dtype) for name, spec in tensors.items()}
         to = options.to or ("hf" if options.like is not None else None)
         # a converted checkpoint's files are not its source's
-        layout = formats.plan_layout(outputs, newest if options.like is None else None, to)
+        like = newest if options.like is None else None
+        layout = formats.plan_layout(outputs, like, to, fresh_steps=options.moments == "reset")
         blocks = Blocks(layout, tensors, policies)
         tile_bytes = tile_bytes_within(options.memory_bytes, options.threads, merges=1)
         beside = _beside(newest, options.dtype)

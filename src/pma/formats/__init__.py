@@ -104,10 +104,14 @@ def read_meta(path: Path) -> CheckpointMeta:
 
 
 def plan_layout(
-    tensors: Mapping[str, TensorSpec], like: CheckpointReader | None, to: str | None = None
+    tensors: Mapping[str, TensorSpec],
+    like: CheckpointReader | None,
+    to: str | None = None,
+    *,
+    fresh_steps: bool = False,
 ) -> Layout:
     """Where an output's tensors go, in the format named `to`, or in that of `like`. Raises UsageError for a
-    name that no format has.
+    name that no format has. `fresh_steps`: an optimizer's counts of steps that are no tensors are zero.
 
     `like` tells more of the output where it is of the same format, or of one that the output's names in
     `LIKE`.
@@ -122,4 +126,5 @@ def plan_layout(
     if not isinstance(source, WithState):
         return module.plan_layout(tensors, source)
     weights: CheckpointReader = source.weights
-    return source.completed(module.plan_layout(source.of_weights(tensors), weights), tensors)
+    layout = module.plan_layout(source.of_weights(tensors), weights)
+    return source.completed(layout, tensors, fresh_steps=fresh_steps)

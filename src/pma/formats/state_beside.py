@@ -15,9 +15,10 @@ from blake3 import blake3
 from pma.errors import FormatError, printable
 from pma.formats import hf_trainer
 from pma.formats.folder import open_folder
+from pma.formats.optimizer_kinds import STEP
 from pma.formats.reader import FileReader
 from pma.formats.torch_archive import StoredTensor, read_archive
-from pma.formats.torch_contents import kept, spec_of, tensors_in
+from pma.formats.torch_contents import counts_of_steps, kept, spec_of, tensors_in
 from pma.formats.torch_writing import archive_layout
 from pma.types import Fragment, Layout, OutputFile, TensorSpec
 
@@ -34,27 +35,28 @@ _LARGEST_BYTES = 256 * 2**20
 
 
 class WithState(FileReader):
-    """A reader's tensors and those of `archives`, named by file and way from the top, such as
-    `optimizer.pt/state/0/exp_avg`. Implements `CheckpointReader`.
+    """A reader's tensors and those of `archives`, named by what the archive is called and the way from its
+    top, such as `optimizer.pt/state/0/exp_avg`. Implements `CheckpointReader`.
 
-    `copied`: names of small files that an output gets as they are, in this order.
+    `archives`: the file of each, by what it is called in every checkpoint of the run. `copied`: names of
+    small files that an output gets as they are, in this order.
     """
 
-    def __init__(self, weights: FileReader, archives: Sequence[str], copied: Sequence[str]) -> None:
+    def __init__(self, weights: FileReader, archives: Mapping[str, str], copied: Sequence[str] = ()) -> None:
         self.weights, self.copied = weights, tuple(copied)
         self.format, self.ignored_files = weights.format, ()
-        self.values: dict[str, Any] = {}
+        self.files, self.values = dict(archives), dict[str, Any]()
         self._stored: dict[str, StoredTensor] = {}
         digests = {identity.name: identity.header_digest for identity in weights.identities()}
         with closing(open_folder(weights.folder.path)) as folder:
-            for file in archives:
+            for called, file in archives.items():
                 archive = read_archive(folder, file)
-                digests[file], self.values[file] = archive.digest, archive.value
-                self._take(file, str(folder.path / file))
+                digests[file], self.values[called] = archive.digest, archive.value
+                self._take(called, str(folder.path / file))
         super().__init__(weights.path, weights.folder, digests)
 
-    def _take(self, file: str, where: str) -> None:
-        for name, tensor in tensors_in(self.values[file], file, where, 0):
+    def _take(self, called: str, where: str) -> None:
+        for name, tensor in tensors_in(self.values[called], called, where, 0):
             if not tensor.contiguous:
                 raise FormatError(
                     f"{where}: the elements of {printable(name)} do not lie one after the other; save the "
@@ -95,27 +97,28 @@ class WithState(FileReader):
         """Those of `tensors` that are in the weights' own files."""
         return {name: spec for name, spec in tensors.items() if name not in self._stored}
 
-    def completed(self, layout: Layout, tensors: Mapping[str, TensorSpec]) -> Layout:
-        """The weights' layout with the archives and the small files beside them."""
-        files = [self._planned(file, value, tensors) for file, value in self.values.items()]
+    def completed(
+        self, layout: Layout, tensors: Mapping[str, TensorSpec], *, fresh_steps: bool = False
+    ) -> Layout:
+        """The weights' layout with the archives and the small files beside them. `fresh_steps`: counts of
+        steps that are plain numbers are zero.
+        """
+        files = [self._planned(called, tensors, fresh_steps=fresh_steps) for called in self.files]
         copied = {name: self.folder.read_whole(name, _LARGEST_BYTES) for name in self.copied}
         return Layout(
             tensors=dict(tensors), files=(*layout.files, *files), records={**layout.records, **copied}
         )
 
-    def _planned(self, file: str, value: Any, tensors: Mapping[str, TensorSpec]) -> OutputFile:
-        copy = kept(value, file, tensors)
+    def _planned(self, called: str, tensors: Mapping[str, TensorSpec], *, fresh_steps: bool) -> OutputFile:
+        copy, file = kept(self.values[called], called, tensors), self.files[called]
         if copy is None:
             raise FormatError(
                 f"{self.folder.path / file} holds what cannot be written again as it is, or a tensor that is "
                 "excluded"
             )
+        for kept_for, _ in counts_of_steps(copy) if fresh_steps else ():
+            kept_for[STEP] = type(kept_for[STEP])(0)
         return archive_layout(file, copy)
-
-
-def with_state(weights: FileReader, archives: Sequence[str], copied: Sequence[str]) -> FileReader:
-    """`weights` with those files of its folder; as it is where there is none."""
-    return WithState(weights, archives, copied) if archives or copied else weights
 
 
 def with_trainer_state(weights: FileReader) -> FileReader:
@@ -125,7 +128,7 @@ def with_trainer_state(weights: FileReader) -> FileReader:
     names = weights.folder.names()
     if _TRAINER_OPTIMIZER not in names:
         return weights
-    return with_state(weights, [_TRAINER_OPTIMIZER], list(_matching(names)))
+    return WithState(weights, {_TRAINER_OPTIMIZER: _TRAINER_OPTIMIZER}, list(_matching(names)))
 
 
 def _matching(names: Sequence[str]) -> Iterator[str]:

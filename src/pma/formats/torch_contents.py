@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pma.errors import FormatError, printable
-from pma.formats.optimizer_kinds import FIRST_MOMENTS, MASTERS, SECOND_MOMENTS
+from pma.formats.optimizer_kinds import FIRST_MOMENTS, MASTERS, SECOND_MOMENTS, STEP
 from pma.formats.torch_archive import StoredTensor
 from pma.formats.torch_pickle import CannotEncode, TensorPlace, encode
 from pma.formats.unpickling import OrderedMapping
@@ -37,7 +37,8 @@ _WRAPPERS = ("model", _STATE, "model_state_dict", "module", "model_state")
 _STEPS = ("global_step", "step_count", "step", "iteration")
 # what continues training and means nothing beside other weights; Lightning too leaves its part of them out of
 # checkpoints that are weights only
-_TRAINING = frozenset(
+#: entries that continue training
+TRAINING = frozenset(
     {
         "averaging_state",
         "callbacks",
@@ -150,6 +151,21 @@ def tensors_in(
             yield from tensors_in(entry, f"{path}/{key}", where, depth + 1, seen)
 
 
+def counts_of_steps(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[dict[Any, Any], str]]:
+    """What an optimizer keeps for a parameter (entries of `state`) with a count of steps that is a plain
+    number, and where that is.
+    """
+    if not isinstance(value, (dict, list, tuple)) or depth > _DEEPEST:
+        return
+    for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+        if key == "state" and isinstance(entry, dict):
+            for parameter, kept_for in entry.items():
+                if isinstance(kept_for, dict) and type(kept_for.get(STEP)) in (int, float):
+                    yield kept_for, f"{path}/state/{parameter}/{STEP}"
+        else:
+            yield from counts_of_steps(entry, f"{path}/{key}", depth + 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rebuilt:
     """A value to be written, and the entries of the original that it lacks."""
@@ -171,7 +187,7 @@ def rebuilt(found: Contents, tensors: Mapping[str, TensorSpec]) -> Rebuilt:
     made: dict[Any, Any] = {}
     missing: list[str] = []
     for key, entry in found.rest.items():
-        copy = None if not training and key in _TRAINING else kept(entry, str(key), tensors)
+        copy = None if not training and key in TRAINING else kept(entry, str(key), tensors)
         if copy is None and entry is not None:
             missing.append(str(key))
         else:

@@ -22,7 +22,7 @@ from pma.formats import hf_trainer, nanochat, side_files
 from pma.formats.contracts import CheckpointReader
 from pma.formats.folder import Folder, open_folder
 from pma.formats.reader import FileReader
-from pma.formats.state_beside import with_state, with_trainer_state
+from pma.formats.state_beside import WithState, with_trainer_state
 from pma.formats.strict_json import parse_object
 from pma.formats.torch_archive import StoredTensor, read_archive
 from pma.formats.torch_contents import (
@@ -74,7 +74,8 @@ def open_resumable(path: Path) -> FileReader:
     """Open one with what a trainer keeps in files beside it: the Trainer's, or nanochat's."""
     reader = TorchReader(path)
     if nanochat.is_model(reader.main):
-        return with_state(reader, nanochat.optimizer_files(reader.folder, reader.main), ())
+        archives = nanochat.optimizer_files(reader.folder, reader.main)
+        return WithState(reader, archives) if archives else reader
     return with_trainer_state(reader)
 
 
@@ -119,7 +120,7 @@ class TorchReader(FileReader):
         for file, found in self.contents.items():
             self._take(file, found)
         if nanochat.is_model(main):
-            self.ignored_files = nanochat.optimizer_files(folder, main)
+            self.ignored_files = tuple(nanochat.optimizer_files(folder, main).values())
 
     def _take(self, file: str, found: Contents) -> None:
         where = str(self.folder.path / file)

@@ -12,7 +12,7 @@ from typing import Any, Unpack
 
 from pma import engine
 from pma.engine import How, Merge, MergeOptions, Plan
-from pma.errors import UsageError
+from pma.errors import UsageError, printable
 from pma.restart.commands import how_to_go_on
 from pma.restart.state import check, treated
 from pma.trajectory import TrajectoryPoint
@@ -78,6 +78,8 @@ def write(plan: Plan, out: Path, *, optimizer: str, purpose: str, **how: Unpack[
     if resuming and not plan.options.with_optimizer:
         kept, reset = (*kept, "steps and schedule"), (*reset, "moments and their counts of steps")
     command, notes = how_to_go_on(plan, shlex.quote(str(out)), resuming=resuming)
+    missing = plan.newest.left_out(plan.layout.tensors) if resuming else ()
+    notes += tuple(f"left out, because it cannot be written as it was: {printable(n)}" for n in missing)
     done = engine.write(plan, out, **how)
     return Restart(
         path=out,

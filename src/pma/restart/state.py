@@ -9,7 +9,10 @@ from typing import Any
 from pma.engine import Plan
 from pma.engine.blocks import Policy
 from pma.errors import InputError, MismatchError, UsageError, printable
+from pma.formats.contracts import CheckpointReader
 from pma.formats.state_beside import WithState
+from pma.formats.torch_contents import TRAINING, counts_of_steps
+from pma.formats.torch_files import TorchReader
 from pma.types import Role, TensorSpec
 
 _WEIGHTS = (Role.PARAMETER, Role.BUFFER, Role.OPAQUE)
@@ -25,21 +28,34 @@ def check(plan: Plan) -> None:
             f"{plan.options.moments}{ignored}. Weights alone, to start with a fresh optimizer and schedule: "
             "--for ct"
         )
-    missing = newest.left_out(plan.layout.tensors)
+    missing = [name for name in newest.left_out(plan.layout.tensors) if name in TRAINING]
     if missing:
-        names = ", ".join(printable(name) for name in missing[:4])
+        names = ", ".join(missing)
         raise InputError(
             f"{newest.path} holds training state that cannot be carried: {names}. Weights alone: --for ct"
         )
-    if newest.format == "megatron" and plan.options.moments == "reset":
-        raise UsageError(
-            f"{newest.path}: Megatron counts the optimizer's steps in its common state, which is carried "
-            "unopened, so --optimizer reset would leave the count; second-moment, average and newest work"
-        )
+    if plan.options.moments == "reset":
+        _check_counts(plan)
     if plan.options.moments == "average":
         _check_averages(plan)
     if isinstance(newest, WithState):
         _check_files(newest)
+
+
+def _check_counts(plan: Plan) -> None:
+    """Counts of steps must be where a plan can set them to zero."""
+    newest = plan.newest
+    if newest.format == "megatron":
+        raise UsageError(
+            f"{newest.path}: Megatron counts the optimizer's steps in its common state, which is carried "
+            "unopened, so --optimizer reset would leave the count; second-moment, average and newest work"
+        )
+    found = newest.contents.values() if isinstance(newest, TorchReader) else ()
+    for _, where in (count for contents in found for count in counts_of_steps(contents.value)):
+        raise UsageError(
+            f"{newest.path}: the count of steps {printable(where)} is a plain number, which is carried as it "
+            "is, so --optimizer reset would leave it; second-moment, average and newest work"
+        )
 
 
 def _check_averages(plan: Plan) -> None:
@@ -48,22 +64,33 @@ def _check_averages(plan: Plan) -> None:
         raise UsageError(
             "--optimizer average needs weights of zero or more: means of squares may not be less"
         )
-    newest = plan.newest
+    expected = _groups(_values(plan.newest))
     for reader in plan.readers[:-1]:
-        if isinstance(reader, WithState) and isinstance(newest, WithState):
-            for file, value in newest.values.items():
-                if _groups(reader.values.get(file)) != _groups(value):
-                    raise MismatchError(
-                        f"{reader.path / file} has its parameters in other groups than {newest.path / file}; "
-                        "leave that checkpoint out, or take the newest's moments with --optimizer newest"
-                    )
+        if _groups(_values(reader)) != expected:
+            raise MismatchError(
+                f"the optimizer's state in {reader.path} has its parameters in other groups than in "
+                f"{plan.newest.path}; leave that checkpoint out, or take the newest's moments with "
+                "--optimizer newest"
+            )
 
 
-def _groups(value: Any) -> list[list[Any]]:
-    """The parameters of each group, in order."""
-    states = value if isinstance(value, list) else [value]
-    groups = [group for s in states if isinstance(s, dict) for group in s.get("param_groups", ())]
-    return [list(group.get("params", ())) for group in groups if isinstance(group, dict)]
+def _values(reader: CheckpointReader) -> Any:
+    """What is in the files of torch.save that number an optimizer's parameters; distributed checkpoints name
+    them.
+    """
+    if isinstance(reader, WithState):
+        return reader.values
+    return [found.rest for found in reader.contents.values()] if isinstance(reader, TorchReader) else None
+
+
+def _groups(value: Any, depth: int = 4) -> list[Any]:
+    """The parameters of each group of each optimizer, in order."""
+    if not isinstance(value, (dict, list)) or not depth:
+        return []
+    if isinstance(value, dict) and isinstance(value.get("param_groups"), list):
+        return [group.get("params") for group in value["param_groups"] if isinstance(group, dict)]
+    entries = value.values() if isinstance(value, dict) else value
+    return [groups for entry in entries for groups in _groups(entry, depth - 1)]
 
 
 def _check_files(newest: WithState) -> None:
