@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pma import averaging, formats
-from pma.engine import converting, means
+from pma.engine import converting, means, optimizer_state
 from pma.engine.blocks import Blocks, Policy
 from pma.engine.memory_budget import DEFAULT_MEMORY_BYTES, peak_memory_bytes, tile_bytes_within
 from pma.errors import InputError, MismatchError, UsageError, printable
@@ -37,7 +37,8 @@ class MergeOptions:
     `scheme`: see `averaging.scheme`. `weights`: given weights, oldest first, instead of a scheme. `dtype`:
     element type of averaged tensors, the inputs' own by default. `exclude`, `copy`: patterns of tensor names
     to leave out, or to take from the newest checkpoint. `with_optimizer`: average the optimizer's masters
-    too and carry the rest of the newest checkpoint's training state; left out otherwise. `to`: the output's
+    too and carry the rest of the newest checkpoint's training state; left out otherwise. `moments`: what then
+    becomes of what the optimizer keeps beside (`optimizer_state.MODES`). `to`: the output's
     format, the newest checkpoint's own by default. `like`: a Hugging Face model folder; tensors get the
     names, order and shapes of that model, by `map` (a built-in one or a file; by default the only one that
     fits), and `exclude` then means tensors of the sources. `use`: average the checkpoints' own weights,
@@ -50,6 +51,7 @@ class MergeOptions:
     exclude: tuple[str, ...] = ()
     copy: tuple[str, ...] = ()
     with_optimizer: bool = False
+    moments: str = "newest"
     to: str | None = None
     like: Path | None = None
     map: str | None = None
@@ -69,6 +71,12 @@ class MergeOptions:
             raise UsageError(f"--use {self.use!r} is not known; there are {', '.join(means.USES)}")
         if self.uses_means and self.like is not None and self.copy:
             raise UsageError("--copy does not go with both --like and --use interval-means")
+        if self.to is not None and self.with_optimizer:
+            raise UsageError("--with-optimizer keeps a trainer's own state; --to FORMAT leaves it behind")
+        if self.moments not in optimizer_state.MODES:
+            raise UsageError(
+                f"--optimizer {self.moments}: expected one of {', '.join(optimizer_state.MODES)}"
+            )
         if self.threads < 1:
             raise UsageError(f"--threads {self.threads}: at least one is needed")
 
@@ -154,9 +162,10 @@ class Plan:
 
     def describe(self) -> dict[str, Any]:
         """What the merge would do, as plain values for a table or JSON."""
-        groups: dict[str, list[str]] = {"average": [], "copy newest": [], "excluded": list(self.excluded)}
+        groups: dict[str, list[str]] = {policy.value: [] for policy in Policy}
         for name, policy in self.policies.items():
             groups[policy.value].append(name)
+        groups["excluded"] = list(self.excluded)
         used = [source.mean for source in self.sources if source.mean is not None]
         return {
             "scheme": _scheme_text(self.options),
@@ -205,23 +214,7 @@ def plan(
         of_N = recorded = means.records(points, mixed=options.weights is not None)
         weights = means.weighed(weights, recorded) if options.weights is None else weights
     with ExitStack() as on_error:
-        opened = {} if opened is None else opened
-        missing = [path for path in dict.fromkeys(point.path for point in points) if path not in opened]
-        for path, reader in zip(missing, each_at_once(formats.open_checkpoint, missing), strict=True):
-            opened[path] = reader
-            on_error.callback(reader.close)
-        readers = [opened[point.path] for point in points]
-        snapshot = readers[-1]
-        if options.uses_means:
-            readers = means.with_means(points, readers, opened, lambda spec: _from_mean(spec, options))
-        if options.like is not None:
-            _check_match("--exclude", options.exclude, [name for r in readers for name in r.tensors])
-            readers = converting.converted(readers, options.like, options.map, options.exclude)
-            (snapshot,) = (
-                converting.converted([snapshot], options.like, options.map, options.exclude)
-                if options.uses_means
-                else readers[-1:]
-            )
+        readers, snapshot = _open(points, options, {} if opened is None else opened, on_error)
         newest = readers[-1]
         everything = {name: s for r in readers for name, s in r.tensors.items() if _wanted(s, options)}
         _check_patterns(everything, options)
@@ -230,13 +223,16 @@ def plan(
             excluded = tuple(n for n in everything if any(fnmatchcase(n, p) for p in options.exclude))
         unwanted = set(excluded)
         tensors = {n: s for n, s in newest.tensors.items() if n in everything and n not in unwanted}
-        _check_same(readers, {n: s for n, s in tensors.items() if s.role in _COMPARED}, excluded)
-        policies = {name: _policy(spec, options.copy, newest.path) for name, spec in tensors.items()}
+        policies = {name: _policy(spec, options, newest.path) for name, spec in tensors.items()}
+        averaged = {name for name, policy in policies.items() if policy is Policy.AVERAGE}
+        compared = {n: s for n, s in tensors.items() if s.role in _COMPARED or n in averaged}
+        _check_same(readers, compared, excluded)
         # types, files and side files are the newest checkpoint's, also where stored means are averaged
         outputs = {n: _output_spec(snapshot.tensors[n], policies[n], options.dtype) for n in tensors}
         to = options.to or ("hf" if options.like is not None else None)
         # a converted checkpoint's files are not its source's
-        layout = formats.plan_layout(outputs, snapshot if options.like is None else None, to)
+        like = snapshot if options.like is None else None
+        layout = formats.plan_layout(outputs, like, to, fresh_steps=options.moments == "reset")
         blocks = Blocks(layout, tensors, policies)
         tile_bytes = tile_bytes_within(options.memory_bytes, options.threads, merges=1)
         beside = _beside(snapshot, options.dtype)
@@ -259,6 +255,35 @@ def plan(
         left_out=tuple(left_out),
         means_beside=len(points) if options.uses_means else means.stored_beside(points),
     )
+
+
+def _open(
+    points: Sequence[TrajectoryPoint],
+    options: MergeOptions,
+    opened: MutableMapping[Path, CheckpointReader],
+    on_error: ExitStack,
+) -> tuple[list[CheckpointReader], CheckpointReader]:
+    """Readers of what is averaged, oldest first; and of the newest checkpoint as it is, which is another one
+    only where stored means are averaged.
+    """
+    missing = [path for path in dict.fromkeys(point.path for point in points) if path not in opened]
+    opener = formats.open_resumable if options.with_optimizer else formats.open_checkpoint
+    for path, reader in zip(missing, each_at_once(opener, missing), strict=True):
+        opened[path] = reader
+        on_error.callback(reader.close)
+    readers = [opened[point.path] for point in points]
+    snapshot = readers[-1]
+    if options.uses_means:
+        readers = means.with_means(points, readers, opened, lambda spec: _from_mean(spec, options))
+    if options.like is not None:
+        _check_match("--exclude", options.exclude, [name for r in readers for name in r.tensors])
+        readers = converting.converted(readers, options.like, options.map, options.exclude)
+        (snapshot,) = (
+            converting.converted([snapshot], options.like, options.map, options.exclude)
+            if options.uses_means
+            else readers[-1:]
+        )
+    return readers, snapshot
 
 
 def parameter_count(tensors: Mapping[str, TensorSpec]) -> int:
@@ -361,8 +386,10 @@ def _check_same(
                     )
 
 
-def _policy(spec: TensorSpec, copy: Sequence[str], path: Path) -> Policy:
-    if spec.role not in _COMPARED or any(fnmatchcase(spec.name, pattern) for pattern in copy):
+def _policy(spec: TensorSpec, options: MergeOptions, path: Path) -> Policy:
+    if optimizer_state.is_kept_for_a_parameter(spec):
+        return optimizer_state.policy_of(spec, options.moments, str(path))
+    if spec.role not in _COMPARED or any(fnmatchcase(spec.name, pattern) for pattern in options.copy):
         return Policy.COPY_NEWEST
     if spec.dtype.kind == "quantised":
         raise InputError(
@@ -376,7 +403,8 @@ def _policy(spec: TensorSpec, copy: Sequence[str], path: Path) -> Policy:
 def _output_spec(spec: TensorSpec, policy: Policy, dtype: DType | None) -> TensorSpec:
     if dtype is None or policy is not Policy.AVERAGE or spec.dtype.kind != "float":
         return spec
-    return TensorSpec(name=spec.name, dtype=dtype, shape=spec.shape, role=spec.role, parameter=spec.parameter)
+    # moments and masters keep the type that the optimizer computes with
+    return replace(spec, dtype=dtype) if spec.role in (Role.PARAMETER, Role.BUFFER) else spec
 
 
 def _beside(newest: CheckpointReader, dtype: DType | None) -> dict[str, bytes]:
