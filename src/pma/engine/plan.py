@@ -193,6 +193,7 @@ def plan(
         newest = readers[-1]
         everything = {name: s for r in readers for name, s in r.tensors.items() if _wanted(s, options)}
         _check_patterns(everything, options)
+        _check_training_state(newest, options)
         excluded = converting.left_out(newest)
         if options.like is None:
             excluded = tuple(n for n in everything if any(fnmatchcase(n, p) for p in options.exclude))
@@ -276,6 +277,18 @@ def _check_patterns(everything: Mapping[str, TensorSpec], options: MergeOptions)
     _check_match("--exclude", options.exclude, everything)
     if all(any(fnmatchcase(name, pattern) for pattern in options.exclude) for name in everything):
         raise UsageError("--exclude leaves no tensor to merge")
+
+
+def _check_training_state(newest: CheckpointReader, options: MergeOptions) -> None:
+    """What was asked to be carried is there to be carried."""
+    weights_only = MergeOptions()
+    if not options.with_optimizer or not all(_wanted(s, weights_only) for s in newest.tensors.values()):
+        return
+    beside = ", ".join(map(printable, newest.ignored_files[:4]))
+    raise UsageError(
+        f"--with-optimizer: {newest.path} holds no training state that can be carried"
+        + (f"; {beside} beside it are not read" if beside else "")
+    )
 
 
 def _check_match(flag: str, patterns: Sequence[str], names: Iterable[str]) -> None:
