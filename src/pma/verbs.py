@@ -136,7 +136,8 @@ def preset_window(found: Trajectory, *, at: int | None = None) -> Window:
     size = _preset(found)
     if any(point.tokens is None for point in found.points):
         raise UsageError(
-            "--preset measures in tokens, which this run does not record; say --last and --every in steps"
+            "the paper's window is measured in tokens, which this run does not record; say --last N, and "
+            "--every in steps"
         )
     return Window(last=size.last, every=Tokens(size.every_tokens), at=at)
 
@@ -149,6 +150,8 @@ def suggestion(found: Trajectory) -> str:
         notes.append("extrapolated: the paper's models were of another size")
     if size.capped:
         notes.append("capped by the stable tokens seen")
+    if any(point.tokens is None for point in found.points):
+        notes.append("in tokens, which this run does not record: give --every in steps")
     every = distance_flag(Tokens(size.every_tokens))
     return (
         f"For this model's size the paper suggests --last {size.last} --every {every}"

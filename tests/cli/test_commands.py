@@ -332,6 +332,7 @@ FLAGS = {
     "eval": "--annealed --at --cloze --context --every --json --last --limit --merge --preset --scheme "
     "--tasks --text --use --weights",
     "report": "--json --out",
+    "spikes": "--grad-norm-name --json --last --log --loss-name --pattern --step-name",
     "pretrain": "--anneal --fork-from --json --learning-rate --out --resume-from --seed --skip-steps "
     "--skip-tokens --text --tokens",
     "init": "--allow-mixed-phases --allow-nonfinite --as-given --at --before-step --break-lock --every --for "

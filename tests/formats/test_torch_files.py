@@ -15,7 +15,7 @@ import torch
 
 from pma import engine, formats, trajectory, verbs
 from pma.engine import MergeOptions
-from pma.errors import FormatError, IncompleteError
+from pma.errors import FormatError, IncompleteError, UsageError
 from pma.formats import torch_files
 from pma.formats.torch_files import TorchReader
 from pma.testing import Raw, ReaderContract, WriterContract, random_raw
@@ -209,6 +209,23 @@ def test_training_state_is_told_apart_and_carried_on_request(tmp_path: Path) -> 
     assert out["train_dataloader"] == {"position": 12}
 
 
+@pytest.mark.parametrize("to", ["hf", "dcp", "deepspeed-universal"])
+def test_training_state_does_not_become_weights_of_another_format(to: str, tmp_path: Path) -> None:
+    litgpt_run(tmp_path / "run")
+    with pytest.raises(UsageError, match=f"--to {to} has no place for the training state"):
+        merged(tmp_path / "run", tmp_path / "out", with_optimizer=True, to=to)
+
+
+@pytest.mark.parametrize(
+    ("step", "optimizer"), [("iter_num", "optimizer"), ("global_step", "optimizer_state_dict")]
+)
+def test_step_and_rate_of_a_loop_of_ones_own(step: str, optimizer: str, tmp_path: Path) -> None:
+    groups = {"state": {}, "param_groups": [{"lr": 0.5, "params": [0]}]}
+    torch.save({"model_state_dict": state(7), step: 7, optimizer: groups}, tmp_path / "ckpt.pt")
+    meta = formats.read_meta(tmp_path / "ckpt.pt")
+    assert (meta.step, meta.learning_rate) == (7, 0.5)
+
+
 def test_shards_stay_as_in_the_newest(tmp_path: Path) -> None:
     states = []
     for step in (10, 20):
@@ -337,6 +354,7 @@ WRONG: dict[str, tuple[Callable[[Path], None], str]] = {
     "names that are numbers": (saved({1: torch.ones(2)}), "expected text"),
     "modules of modules": (saved({"w": torch.ones(2), "inner": {"w": torch.ones(2)}}), "one level of names"),
     "a turned tensor": (saved({"w": torch.ones(2, 3).t()}), "contiguous"),
+    "modules below the entry": (saved({"model": {"enc": {"w": torch.ones(2)}}}), "model holds enc"),
     "nested deeply": (deep, "nested too deeply"),
 }
 

@@ -364,3 +364,28 @@ def test_a_preset_is_fitted_to_the_checkpoints_there_are() -> None:
     assert trajectory.fitted(size, at[:4]).last == 4
     assert trajectory.fitted(size, [i * 8_000_000_000 for i in range(30)]).every_tokens == 8_000_000_000
     assert trajectory.fitted(size, []) == size
+
+
+def test_names_say_the_step_where_no_record_does(tmp_path: Path) -> None:
+    for path in tiny_run(tmp_path / "trainer", steps=3):
+        (path / "trainer_state.json").unlink()
+        path.rename(tmp_path / path.name.replace("checkpoint-", "step_"))
+    shutil.rmtree(tmp_path / "trainer")
+    assert steps(trajectory.discover([tmp_path]).points) == [10, 20, 30]
+    assert steps(trajectory.from_checkpoints([tmp_path / "step_20"]).points) == [20]
+
+
+def test_what_accelerate_saved_is_complete_with_its_random_states(tmp_path: Path) -> None:
+    for path in tiny_run(tmp_path, steps=2):
+        (path / "trainer_state.json").unlink()
+    with pytest.raises(InputError, match="step-N"):
+        trajectory.discover([tmp_path])
+    (tmp_path / "checkpoint-10" / "random_states_0.pkl").write_bytes(b"")
+    assert steps(trajectory.discover([tmp_path]).points) == [10]
+
+
+def test_files_whose_names_are_not_known_are_shown(tmp_path: Path) -> None:
+    tiny_run(tmp_path, steps=1)[0].joinpath("model.safetensors").rename(tmp_path / "ckpt_10.safetensors")
+    shutil.rmtree(tmp_path / "checkpoint-10")
+    with pytest.raises(InputError, match=r"found ckpt_10\.safetensors\. .*--pattern"):
+        trajectory.discover([tmp_path])

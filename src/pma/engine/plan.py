@@ -71,8 +71,6 @@ class MergeOptions:
             raise UsageError(f"--use {self.use!r} is not known; there are {', '.join(means.USES)}")
         if self.uses_means and self.like is not None and self.copy:
             raise UsageError("--copy does not go with both --like and --use interval-means")
-        if self.to is not None and self.with_optimizer:
-            raise UsageError("--with-optimizer keeps a trainer's own state; --to FORMAT leaves it behind")
         if self.moments not in optimizer_state.MODES:
             raise UsageError(
                 f"--optimizer {self.moments}: expected one of {', '.join(optimizer_state.MODES)}"
@@ -218,6 +216,7 @@ def plan(
         newest = readers[-1]
         everything = {name: s for r in readers for name, s in r.tensors.items() if _wanted(s, options)}
         _check_patterns(everything, options)
+        _check_training_state(newest, options)
         excluded = converting.left_out(newest)
         if options.like is None:
             excluded = tuple(n for n in everything if any(fnmatchcase(n, p) for p in options.exclude))
@@ -342,6 +341,18 @@ def _check_patterns(everything: Mapping[str, TensorSpec], options: MergeOptions)
     _check_match("--exclude", options.exclude, everything)
     if all(any(fnmatchcase(name, pattern) for pattern in options.exclude) for name in everything):
         raise UsageError("--exclude leaves no tensor to merge")
+
+
+def _check_training_state(newest: CheckpointReader, options: MergeOptions) -> None:
+    """What was asked to be carried is there to be carried."""
+    weights_only = MergeOptions()
+    if not options.with_optimizer or not all(_wanted(s, weights_only) for s in newest.tensors.values()):
+        return
+    beside = "".join(f"; not read: {printable(name)}" for name in newest.ignored_files[:4])
+    raise InputError(
+        f"{newest.path} stores no optimizer's state that --with-optimizer or `pma init` could carry{beside}. "
+        "For weights alone leave the flag out; pma init says --for ct"
+    )
 
 
 def _check_match(flag: str, patterns: Sequence[str], names: Iterable[str]) -> None:

@@ -5,6 +5,7 @@ group `pma.formats`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -12,10 +13,10 @@ from re import Match
 from typing import cast
 
 from pma.errors import FormatError, UsageError
-from pma.formats import interval_mean
+from pma.formats import hf_trainer, interval_mean
 from pma.formats.contracts import UNFINISHED_FILE, UNFINISHED_SUFFIX, CheckpointReader, FormatModule
 from pma.formats.state_beside import WithState
-from pma.types import CheckpointMeta, Layout, TensorSpec
+from pma.types import CheckpointMeta, Layout, Role, TensorSpec
 
 __all__ = [
     "UNFINISHED_SUFFIX",
@@ -27,6 +28,7 @@ __all__ = [
     "read_meta",
 ]
 
+_TRAINING = (Role.MASTER, Role.MOMENT, Role.OTHER)
 _ALSO_NAMED = {"hf": "safetensors"}
 # in the order in which they are asked: folders of most have lone .pt files beside
 _BUILT_IN = (
@@ -100,7 +102,9 @@ def _recognised(path: Path) -> FormatModule:
 
 
 def read_meta(path: Path) -> CheckpointMeta:
-    """What the records of the checkpoint at `path` say, by the format that recognises it."""
+    """What the records of the checkpoint at `path` say, by the format that recognises it; where nothing
+    records the step, what its name says.
+    """
     if any(part.endswith(UNFINISHED_SUFFIX) for part in (path.name, path.parent.name)):
         return CheckpointMeta(incomplete="it is an output of pma that is not finished")
     if path.is_dir() and (path / UNFINISHED_FILE).is_file() and not (path / "pma.json").is_file():
@@ -108,7 +112,11 @@ def read_meta(path: Path) -> CheckpointMeta:
     module = _format_of(path)
     if module is None:
         return CheckpointMeta(incomplete="no weights are there yet")
-    return module.read_meta(path)
+    meta = module.read_meta(path)
+    recorded = any((path / name).is_file() for name in (hf_trainer.STATE_FILE, hf_trainer.RECORD_FILE))
+    if meta.step is None and meta.incomplete is None and not recorded:
+        meta = replace(meta, step=named_step(path.name))
+    return meta
 
 
 def plan_layout(
@@ -129,10 +137,15 @@ def plan_layout(
     if module is None:
         known = sorted({module.FORMAT for module in _formats()} | _ALSO_NAMED.keys())
         raise UsageError(f"--to {wanted}: there are {', '.join(known)}")
-    understood = getattr(module, "LIKE", (module.FORMAT,))
-    source = like if like is not None and like.format in understood else None
-    if not isinstance(source, WithState):
-        return module.plan_layout(tensors, source)
-    weights: CheckpointReader = source.weights
-    layout = module.plan_layout(source.of_weights(tensors), weights)
-    return source.completed(layout, tensors, fresh_steps=fresh_steps)
+    if like is not None and like.format not in getattr(module, "LIKE", (module.FORMAT,)):
+        if any(spec.role in _TRAINING for spec in tensors.values()):
+            raise UsageError(
+                f"--to {to} has no place for the training state of {like.path}, which is of another format "
+                f"({like.format}); leave out --to or --with-optimizer"
+            )
+        like = None
+    if not isinstance(like, WithState):
+        return module.plan_layout(tensors, like)
+    weights: CheckpointReader = like.weights
+    layout = module.plan_layout(like.of_weights(tensors), weights)
+    return like.completed(layout, tensors, fresh_steps=fresh_steps)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from pma.types import CheckpointMeta, TrainingLog
 STATE_FILE = "trainer_state.json"
 TRAINER_FOLDER = re.compile(r"checkpoint-(?P<step>\d{1,18})", re.ASCII)
 RECORD_FILE = "pma.json"  # a merge of ours is complete without the Trainer's state
+_TRAINING_FILES = re.compile(
+    r"(optimizer|scheduler|scaler)(_\d+)?\.(pt|bin)|rng_state(_\d+)?\.pth|random_states_\d+\.pkl", re.ASCII
+)
 _LARGEST_STATE_BYTES = 256 * 2**20
 
 
@@ -29,8 +33,11 @@ def read_meta(folder: Path) -> CheckpointMeta:
     path = folder / STATE_FILE
     if not path.is_file():
         incomplete = None
-        if TRAINER_FOLDER.fullmatch(folder.name) and not (folder / RECORD_FILE).is_file():
-            incomplete = f"{STATE_FILE} is not there yet, and the Trainer writes it last"
+        if TRAINER_FOLDER.fullmatch(folder.name) and not _completed_by_others(folder):
+            incomplete = (
+                f"{STATE_FILE} is not there yet, and the Trainer writes it last (a program that writes none "
+                "should name its folders step-N)"
+            )
         return CheckpointMeta(incomplete=incomplete)
     try:
         state = load_object(path, _LARGEST_STATE_BYTES)
@@ -47,6 +54,18 @@ def read_meta(folder: Path) -> CheckpointMeta:
         learning_rate=log.learning_rates[-1][1] if log.learning_rates else None,
         log=log,
     )
+
+
+def _completed_by_others(folder: Path) -> bool:
+    """Whether a folder with the name of a Trainer's is a merge of ours, or one of accelerate's `save_state`,
+    which ends with random states.
+    """
+    return (folder / RECORD_FILE).is_file() or any(folder.glob("random_states_*.pkl"))
+
+
+def training_files(names: Iterable[str]) -> tuple[str, ...]:
+    """Those files beside the weights in which the Trainer and accelerate keep what only training needs."""
+    return tuple(sorted(name for name in names if _TRAINING_FILES.fullmatch(name)))
 
 
 def _count(value: object) -> int | None:

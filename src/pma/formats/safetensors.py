@@ -56,7 +56,9 @@ class SafetensorsReader(FileReader):
         self._headers = dict(zip(names, headers, strict=True))
         super().__init__(path, folder, {name: header.digest for name, header in self._headers.items()})
         beside = _files(path) if path.is_dir() else []
-        self.ignored_files = tuple(name for name in beside if name not in self._headers)
+        others = tuple(name for name in beside if name not in self._headers)
+        training = hf_trainer.training_files(folder.names()) if path.is_dir() else ()
+        self.ignored_files = others + training
         self._file_of: dict[str, str] = {}
         for file, header in self._headers.items():
             for name in header.tensors:

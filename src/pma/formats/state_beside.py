@@ -44,7 +44,9 @@ class WithState(FileReader):
 
     def __init__(self, weights: FileReader, archives: Mapping[str, str], copied: Sequence[str] = ()) -> None:
         self.weights, self.copied = weights, tuple(copied)
-        self.format, self.ignored_files = weights.format, ()
+        self.format = weights.format
+        taken = {*archives.values(), *copied}
+        self.ignored_files = tuple(name for name in weights.ignored_files if name not in taken)
         self.files, self.values = dict(archives), dict[str, Any]()
         self._stored: dict[str, StoredTensor] = {}
         digests = {identity.name: identity.header_digest for identity in weights.identities()}

@@ -34,7 +34,8 @@ RECORDS = (
 
 _LIVE, _STATE = "current_model_state", "state_dict"
 _WRAPPERS = ("model", _STATE, "model_state_dict", "module", "model_state")
-_STEPS = ("global_step", "step_count", "step", "iteration")
+# of litgpt, whose `iter_num` counts batches, `step_count` comes first
+_STEPS = ("global_step", "step_count", "step", "iteration", "iter_num")
 # what continues training and means nothing beside other weights; Lightning too leaves its part of them out of
 # checkpoints that are weights only
 #: entries that continue training
@@ -97,10 +98,18 @@ def contents(value: Any, where: str) -> Contents:
             return Contents(value=value, weights_at=key)
     if _holds_tensor(value):
         return Contents(value=value, weights_at=None)
-    keys = ", ".join(printable(str(key), 40) for key in list(value)[:8]) or "nothing"
+    nested = next((key for key in _WRAPPERS if isinstance(value.get(key), dict)), None)
+    if nested is not None:
+        keys = _keys(value[nested])
+        raise FormatError(f"{where}: {nested} holds {keys}; expected tensors by name, on one level")
     raise FormatError(
-        f"{where} holds {keys}; expected tensors by name, or an entry of them named {', '.join(_WRAPPERS)}"
+        f"{where} holds {_keys(value)}; expected tensors by name, or an entry of them named "
+        f"{', '.join(_WRAPPERS)}"
     )
+
+
+def _keys(mapping: Mapping[Any, Any]) -> str:
+    return ", ".join(printable(str(key), 40) for key in list(mapping)[:8]) or "nothing"
 
 
 def _holds_tensor(mapping: Mapping[Any, Any]) -> bool:
@@ -274,7 +283,8 @@ def _count(value: Any) -> int | None:
 def _learning_rate(rest: Mapping[Any, Any]) -> float | None:
     """The rate of the first parameter group, by the optimizer's own state."""
     states = rest.get("optimizer_states")
-    first = states[0] if isinstance(states, list) and states else rest.get("optimizer")
+    first = states[0] if isinstance(states, list) and states else None
+    first = first or rest.get("optimizer") or rest.get("optimizer_state_dict")
     groups = first.get("param_groups") if isinstance(first, dict) else None
     group = groups[0] if isinstance(groups, list) and groups else None
     rate = group.get("lr") if isinstance(group, dict) else None

@@ -121,6 +121,8 @@ class TorchReader(FileReader):
             self._take(file, found)
         if nanochat.is_model(main):
             self.ignored_files = tuple(nanochat.optimizer_files(folder, main).values())
+        elif path.is_dir():
+            self.ignored_files = hf_trainer.training_files(folder.names())
 
     def _take(self, file: str, found: Contents) -> None:
         where = str(self.folder.path / file)

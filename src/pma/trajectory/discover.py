@@ -7,11 +7,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pma import formats
-from pma.errors import InputError, UsageError
+from pma.errors import InputError, UsageError, printable
 from pma.formats import hf_trainer, interval_mean
 from pma.remote import each_at_once
 from pma.trajectory.phases import Phase, phase_at
@@ -90,7 +91,7 @@ def discover(roots: Sequence[Path], pattern: str | None = None) -> Trajectory:
             if meta.incomplete:
                 left_out.append((path, f"incomplete: {meta.incomplete}"))
             elif meta.step is None:
-                left_out.append((path, "its records do not say its step"))
+                left_out.append((path, "its records do not say its step; --pattern can tell it by name"))
             elif named is not None and named != meta.step:
                 left_out.append((path, f"its name and its records differ: it says it is step {meta.step}"))
             else:
@@ -210,7 +211,9 @@ def _checkpoints(root: Path, pattern: re.Pattern[str] | None) -> Iterator[tuple[
     if not found and pattern is None:
         found = [(path, None) for path in folders if formats.is_checkpoint(path)]
     if not found:
-        inside = ", ".join(path.name for path in folders[:5]) or "no folder at all"
+        # files may be checkpoints whose names are not known
+        entries = (path for path in sorted(root.iterdir()) if path in folders or formats.is_checkpoint(path))
+        inside = ", ".join(printable(p.name) for p in islice(entries, 5)) or "nothing that could be one"
         looked_for = f"names that match {pattern.pattern!r}" if pattern else "checkpoint-N, step-N and so on"
         raise InputError(
             f"{root} holds no checkpoint: looked for {looked_for}, found {inside}. Give the folder that your "
