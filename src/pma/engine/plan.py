@@ -329,7 +329,7 @@ def _policy(spec: TensorSpec, copy: Sequence[str], path: Path) -> Policy:
             "nothing "
             "without their scales; dequantise the checkpoints to bf16 first"
         )
-    return Policy.AVERAGE if spec.dtype.kind in ("float", "complex") else Policy.COPY_NEWEST
+    return Policy.AVERAGE if spec.dtype.averaged else Policy.COPY_NEWEST
 
 
 def _output_spec(spec: TensorSpec, policy: Policy, dtype: DType | None) -> TensorSpec:
