@@ -36,7 +36,8 @@ def gamma_from_sigma(sigma: float) -> float:
         raise UsageError(f"a relative width of {sigma:g}: expected one above 0 and below 0.288, such as 0.05")
     inverse = sigma**-2
     roots = np.roots([1, 7, 16 - inverse, 12 - inverse])
-    return float(roots[np.abs(roots.imag) < 1e-9 * np.abs(roots.real)].real.max())
+    real = roots[np.abs(roots.imag) < 1e-9 * np.abs(roots.real)].real
+    return float(np.max(real))
 
 
 def sigma_from_gamma(gamma: float) -> float:
@@ -48,13 +49,13 @@ def share_kept(gamma: float, before_step: int, step: int) -> float:
     """How much of a track is kept when `step` comes after `before_step`: the product of β over the steps
     between, (before / step)^(γ+1).
     """
-    return math.pow(before_step / step, gamma + 1)
+    return math.pow(before_step / step, gamma + 1.0)
 
 
 def inner_product(gamma_a: float, end_a: float, gamma_b: float, end_b: float) -> float:
     """⟨p_a, p_b⟩ of the profiles (γ+1) τ^γ / t^(γ+1) on [0, t]. Source: arXiv 2312.02696, appendix C."""
     early, late = ((gamma_a, end_a), (gamma_b, end_b))[:: 1 if end_a <= end_b else -1]
-    share = (early[1] / late[1]) ** late[0]
+    share = math.pow(early[1] / late[1], late[0])
     return (gamma_a + 1) * (gamma_b + 1) * share / ((gamma_a + gamma_b + 1) * late[1])
 
 

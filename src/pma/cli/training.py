@@ -79,6 +79,13 @@ def pretrain(
     anneal: Annotated[
         str | None, typer.Option("--anneal", help="cosine, linear or 1-sqrt; with --fork-from.")
     ] = None,
+    no_interval_means: Annotated[
+        bool,
+        typer.Option(
+            "--no-interval-means",
+            help="Do not store the mean of all steps since the last checkpoint beside each.",
+        ),
+    ] = False,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
     """Pre-train a recipe at constant learning rate, or anneal a fork of such a run.
@@ -94,7 +101,7 @@ def pretrain(
     from pma.pretraining import pretrain as pretrain_recipe
 
     if fork_from is not None:
-        if recipe is not None or text or learning_rate is not None:
+        if recipe is not None or text or learning_rate is not None or no_interval_means:
             raise UsageError(
                 "a fork keeps the recipe, text and peak rate of its run; leave RECIPE and those flags out"
             )
@@ -112,7 +119,13 @@ def pretrain(
             raise UsageError("which recipe? Such as: pma pretrain nano-dense -o run")
         if anneal is not None:
             raise UsageError("--anneal goes with --fork-from: a run itself stays at constant learning rate")
-        asked = overridden(recipe, tokens=tokens, learning_rate=learning_rate, seed=seed)
+        asked = overridden(
+            recipe,
+            tokens=tokens,
+            learning_rate=learning_rate,
+            seed=seed,
+            no_interval_means=no_interval_means,
+        )
         with training_bar("pre-training") as bar:
             made = pretrain_recipe(asked, out, text=[str(path) for path in text or ()], progress=bar)
     if not json_output:
@@ -121,7 +134,14 @@ def pretrain(
     return {**asdict(made), "run": str(made.run), "checkpoint": str(made.checkpoint)}
 
 
-def overridden(name: str, *, tokens: str | None, learning_rate: float | None, seed: int | None) -> Any:
+def overridden(
+    name: str,
+    *,
+    tokens: str | None,
+    learning_rate: float | None,
+    seed: int | None,
+    no_interval_means: bool = False,
+) -> Any:
     """The recipe `name` with what the flags change."""
     from pma.pretraining import load_recipe
 
@@ -130,6 +150,8 @@ def overridden(name: str, *, tokens: str | None, learning_rate: float | None, se
         recipe = replace(recipe, run=replace(recipe.run, tokens=parse_tokens(tokens)))
     if seed is not None:
         recipe = replace(recipe, run=replace(recipe.run, seed=seed))
+    if no_interval_means:
+        recipe = replace(recipe, run=replace(recipe.run, interval_means=False))
     if learning_rate is not None:
         recipe = replace(recipe, optimizer=replace(recipe.optimizer, learning_rate=learning_rate))
     return recipe

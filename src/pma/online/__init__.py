@@ -8,15 +8,21 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_HOME = {"Recorder": "pma.online.recorder"}
+from pma.errors import MissingExtra
 
-__all__ = ["Recorder"]
+_EXTRAS = {"RecorderCallback": "train"}
+_HOME = {"Recorder": "pma.online.recorder", "RecorderCallback": "pma.online.trainer_callback"}
+
+__all__ = ["Recorder", "RecorderCallback"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'pma.online' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    try:
+        return getattr(import_module(_HOME[name]), name)
+    except ImportError as error:
+        raise MissingExtra(f"pma.online.{name}", _EXTRAS.get(name, "train"), str(error.name)) from error
 
 
 def __dir__() -> list[str]:

@@ -108,6 +108,11 @@ class Kept:
         raise UsageError(f"no average {which!r}; there are interval, window, and tracks of widths: {have}")
 
     @property
+    def has_recorded(self) -> bool:
+        """Whether the interval or the window has a mean."""
+        return bool(self.interval.updates or (self.window is not None and self.window.updates))
+
+    @property
     def carries_state(self) -> bool:
         """Whether a new recorder could not stand in for this one."""
         return bool(self.tracks) or self.window is not None or bool(self._open.updates)

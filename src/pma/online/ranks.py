@@ -34,10 +34,18 @@ class Ranks:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel; any other itself."""
-    from torch.nn.parallel import DistributedDataParallel
+    """The model inside DistributedDataParallel, DataParallel and torch.compile; any other itself."""
+    from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    inner: Any = model
+    while True:
+        if isinstance(inner, (DistributedDataParallel, DataParallel)):
+            inner = inner.module
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        else:
+            found: nn.Module = inner
+            return found
 
 
 def ranks_of(model: nn.Module, entries: Sequence[Entry]) -> Ranks:
@@ -53,7 +61,7 @@ def ranks_of(model: nn.Module, entries: Sequence[Entry]) -> Ranks:
     rank, count = dist.get_rank(), dist.get_world_size()
     if any(is_sharded(entry.live) for entry in entries):
         return Ranks(rank=rank, count=count, sharded=True)
-    if unwrapped(model) is model:
+    if not _replicas(model):
         digests: list[Any] = [None] * count
         dist.all_gather_object(digests, _digest(entries))
         if len(set(digests)) > 1:
@@ -82,6 +90,12 @@ def as_dtensor(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         local, DTensorSpec(spec.mesh, spec.placements, tensor_meta=meta), requires_grad=False
     )
     return made
+
+
+def _replicas(model: nn.Module) -> bool:
+    from torch.nn.parallel import DistributedDataParallel
+
+    return isinstance(getattr(model, "_orig_mod", model), DistributedDataParallel)
 
 
 def _digest(entries: Sequence[Entry]) -> str:

@@ -183,6 +183,11 @@ class Recorder:
         self._kept.load_state_dict(state, self._on_cpu, "the recorder's state")
 
     @property
+    def has_recorded(self) -> bool:
+        """Whether there is an average already."""
+        return self._kept.has_recorded
+
+    @property
     def carries_state(self) -> bool:
         """Whether a resumed run needs more than a new recorder: a window, tracks, part of an interval."""
         return self._kept.carries_state

@@ -25,7 +25,8 @@ def write_file(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str],
     """A safetensors file at `path`, written beside it and renamed. Raises SpaceError, StorageError."""
     beside = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
     specs = [_spec(name, tensor) for name, tensor in tensors.items()]
-    specs.sort(key=lambda spec: -spec.dtype.bits)  # widest first, so that every tensor is aligned
+    # widest first, so that every tensor is aligned; the same averages are the same file
+    specs.sort(key=lambda spec: (-spec.dtype.bits, spec.name))
     try:
         with beside.open("wb") as file:
             file.write(encode_header(specs, {"format": "pt", **metadata}))
