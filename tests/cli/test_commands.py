@@ -328,7 +328,8 @@ FLAGS = {
     "eval": "--annealed --at --cloze --context --every --json --last --limit --merge --preset --scheme "
     "--tasks --text --weights",
     "report": "--json --out",
-    "pretrain": "--anneal --fork-from --json --learning-rate --no-interval-means --out --seed --text --tokens",
+    "pretrain": "--anneal --fork-from --json --learning-rate --no-interval-means --out --seed "
+    "--text --tokens",
 }
 
 

@@ -51,21 +51,17 @@ def save_state(kept: Kept, checkpoint: Path) -> Path | None:
 def load_state(kept: Kept, checkpoint: Path, on_cpu: bool) -> bool:
     """Take over what lies in the checkpoint's folder; False where nothing does."""
     folder = checkpoint / STATE_FOLDER
-    if kept.ranks.sharded:
-        if not (folder / RECORD_FILE).is_file():
-            return False
+    sharded, file = (folder / RECORD_FILE).is_file(), folder / STATE_FILE
+    if sharded:
         with closing(open_folder(folder)) as opened:
             text = opened.read_whole(RECORD_FILE, _LARGEST_RECORD_BYTES).decode("utf-8", "replace")
-        kept.check_record(text, str(folder))
+        kept.check_record(text, str(folder))  # also where this model is not sharded: it says so
         tensors = _read_shards(kept, folder, on_cpu)
         kept.load_state_dict({"record": text, "tensors": tensors}, on_cpu, str(folder))
-        return True
-    path = folder / STATE_FILE
-    if not path.is_file():
-        return False
-    record, tensors = read_file(path) if kept.ranks.records else (_record_of(path), {})
-    kept.load_state_dict({"record": record, "tensors": tensors}, on_cpu, str(path))
-    return True
+    elif file.is_file():
+        record, tensors = read_file(file) if kept.ranks.records else (_record_of(file), {})
+        kept.load_state_dict({"record": record, "tensors": tensors}, on_cpu, str(file))
+    return sharded or file.is_file()
 
 
 def read_file(path: Path) -> tuple[str | None, dict[str, torch.Tensor]]:
