@@ -11,9 +11,13 @@ from typing import Any
 from pma.errors import MissingExtra
 
 _EXTRAS = {"RecorderCallback": "train"}
-_HOME = {"Recorder": "pma.online.recorder", "RecorderCallback": "pma.online.trainer_callback"}
+_HOME = {
+    "Recorder": "pma.online.recorder",
+    "RecorderCallback": "pma.online.trainer_callback",
+    "reconstructed": "pma.online.reconstructing",
+}
 
-__all__ = ["Recorder", "RecorderCallback"]
+__all__ = ["Recorder", "RecorderCallback", "reconstructed"]
 
 
 def __getattr__(name: str) -> Any:
