@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from pma.averaging.power_ema import gamma_from_sigma, power_profile
 from pma.errors import MismatchError
 from pma.formats import interval_mean
-from pma.online import Recorder
+from pma.online import Recorder, reconstructed
 from pma.testing.distributed import load_dcp, torchrun
 
 from .fixtures.record_distributed import STEPS, net
@@ -73,3 +74,13 @@ def test_shards_of_another_number_of_processes_are_refused(recorded: Path) -> No
     alone = Recorder(net(), window=1, tracks=(0.1,))
     with pytest.raises(MismatchError, match="cut over so many processes: 2, this recorder: 1"):
         alone.load_state(recorded / "fsdp" / "state")
+
+
+def test_stored_tracks_of_shards_are_put_together_by_one_process(recorded: Path) -> None:
+    target = power_profile(gamma_from_sigma(0.1), 3)
+    found = reconstructed([recorded / "fsdp" / "state"], target)
+    assert found.relative_error < 1e-12
+    ranks = [dict(np.load(recorded / "fsdp" / f"track-rank{rank}.npz")) for rank in (0, 1)]
+    for name, tensor in found.tensors.items():
+        expected = ranks[0][name] if "bias_of" in name else np.concatenate([rank[name] for rank in ranks])
+        assert tensor.numpy().tobytes() == expected.tobytes(), name

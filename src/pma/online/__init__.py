@@ -10,14 +10,15 @@ from typing import Any
 
 from pma.errors import MissingExtra
 
-_EXTRAS = {"RecorderCallback": "train"}
+_EXTRAS = {"LightningRecorder": "lightning", "RecorderCallback": "train"}
 _HOME = {
     "Recorder": "pma.online.recorder",
+    "LightningRecorder": "pma.online.lightning_callback",
     "RecorderCallback": "pma.online.trainer_callback",
     "reconstructed": "pma.online.reconstructing",
 }
 
-__all__ = ["Recorder", "RecorderCallback", "reconstructed"]
+__all__ = ["LightningRecorder", "Recorder", "RecorderCallback", "reconstructed"]
 
 
 def __getattr__(name: str) -> Any:

@@ -38,6 +38,7 @@ class Kept:
         self.entries = entries if ranks.records else ()
         self.step: int | None = None
         self.interval = Sum()
+        self.finished: Sum | None = None  # the interval that ended last, until it is stored or another begins
         self.window = SlidingWindow(window) if window else None
         self.takes_snapshots = window > 0 and window_of == "snapshots"
         self.tracks = [Track(sigma=sigma) for sigma in sigmas]
@@ -52,6 +53,7 @@ class Kept:
 
     def record(self, step: int, averaged: str) -> Use:
         """Take note of a recorded step; what is to be done with its values."""
+        self.finished = None
         interval, first = self.interval, self.interval.count(step, averaged)
         shares = [(track, track.advance(step)) for track in self.tracks]
 
@@ -73,9 +75,12 @@ class Kept:
 
     def end_interval(self) -> None:
         """The next record begins another interval; this one enters the window of means."""
+        if self.interval.ended or not self.interval.updates:
+            return
+        self.finished = self.interval
         if self.window is None or self.takes_snapshots:
             self.interval.ended = True
-        elif self.interval.updates:
+        else:
             following = self.window.next_sum()
             self.window.push(self.interval)
             self.interval = following

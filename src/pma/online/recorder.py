@@ -16,7 +16,7 @@ from pma.online.keeping import Kept
 from pma.online.ranks import as_dtensor, ranks_of, unwrapped
 from pma.online.stored_names import AsStored, stored_by
 from pma.online.storing import need_folder, write_file, write_shards
-from pma.online.sums import together
+from pma.online.sums import Sum, together
 from pma.online.swapping import swapped
 
 if TYPE_CHECKING:
@@ -103,19 +103,36 @@ class Recorder:
         self._give(values, self._kept.record(step, averaged))
 
     def save(self, checkpoint: Path | str) -> Path | None:
-        """Store the interval's mean beside `checkpoint` (its folder, or its file), and begin the next
-        interval.
+        """End the interval and store its mean beside `checkpoint` (its folder, or its file), which is there
+        already.
 
         Returns where, or None where no step of the interval was a multiple of `every`, and on ranks that
-        write nothing. Raises UsageError unless the checkpoint is there, SpaceError, StorageError.
+        write nothing. Raises as `store`.
         """
-        checkpoint = Path(checkpoint)
+        self.end_interval()
+        return self.store(checkpoint)
+
+    def end_interval(self) -> None:
+        """The next update begins another interval; this one enters the window, if there is one."""
+        if self._kept.takes_snapshots and self._kept.step is not None:
+            values, averaged = self._values()
+            self._give(values, self._kept.snapshot(averaged))
+        else:
+            self._feed.wait()
+        self._kept.end_interval()
+
+    def store(self, checkpoint: Path | str) -> Path | None:
+        """Store the mean of the interval that ended last, for trainers that must know that it ended before
+        they save (a state saved before it ended goes on with it). None where it is stored already.
+
+        Raises UsageError unless the checkpoint is there, SpaceError, StorageError; it can be tried again
+        then.
+        """
         self._feed.wait()
         for entry in self._entries:
             entry.check()
-        interval = self._kept.interval
-        if interval.ended or not interval.updates:
-            self.end_interval()
+        interval = self._kept.finished
+        if interval is None:
             return None
         record = IntervalMean(
             first_step=interval.first_step,
@@ -124,18 +141,9 @@ class Recorder:
             every=self.every,
             averaged=interval.averaged,
         )
-        path = self._write(checkpoint, record)
-        self.end_interval()
+        path = self._write(Path(checkpoint), record, interval)
+        self._kept.finished = None
         return path
-
-    def end_interval(self) -> None:
-        """Begin the next interval without storing this one's mean; it enters the window, if there is one."""
-        if self._kept.takes_snapshots and self._kept.step is not None:
-            values, averaged = self._values()
-            self._give(values, self._kept.snapshot(averaged))
-        else:
-            self._feed.wait()
-        self._kept.end_interval()
 
     def average(self, which: Which | None = None) -> dict[str, torch.Tensor]:
         """An average by parameter name, in fp32: the interval's mean, the window's, or the track of that
@@ -222,11 +230,11 @@ class Recorder:
         with torch.no_grad():
             self._feed.give(values, buffers_from, use)
 
-    def _write(self, checkpoint: Path, record: IntervalMean) -> Path | None:
+    def _write(self, checkpoint: Path, record: IntervalMean, interval: Sum) -> Path | None:
         if self._ranks.sharded:
             need_folder(checkpoint, "the interval's mean")
-            averages = self.average("interval")
-            parts = {e.name: as_dtensor(averages[e.name], e.live) for e in self._recorded}
+            means = zip(self._recorded, interval.mean(), strict=True)
+            parts = {entry.name: as_dtensor(mean, entry.live) for entry, mean in means}
             folder = checkpoint / MEAN_FOLDER
             write_shards(parts, folder, (RECORD_FILE, record.to_json()))
             return folder
@@ -234,7 +242,9 @@ class Recorder:
             return None
         path = file_of(checkpoint)
         need_folder(path.parent, "the interval's mean")
-        averages = {name: tensor.to("cpu") for name, tensor in self.average("interval").items()}
+        averages = {
+            entry.name: mean.to("cpu") for entry, mean in zip(self._recorded, interval.mean(), strict=True)
+        }
         write_file(self._as_stored(averages), {METADATA_KEY: record.to_json()}, path)
         return path
 

@@ -7,6 +7,7 @@ ours.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Container, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -117,5 +118,8 @@ def _read_shards(folder: Path, into: Mapping[str, Any], *, alone: bool = False) 
     with closing(open_reader(folder)) as reader:
         found = {name: tensor for name, tensor in into.items() if name in reader.tensors}
     load: Any = dcp.load  # type: ignore[attr-defined]
-    load(found, checkpoint_id=str(folder), no_dist=alone)
+    with warnings.catch_warnings():
+        if alone:
+            warnings.filterwarnings("ignore", message=".*single process", category=UserWarning)  # as intended
+        load(found, checkpoint_id=str(folder), no_dist=alone)
     return found
