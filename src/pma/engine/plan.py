@@ -274,7 +274,7 @@ def _wanted(spec: TensorSpec, options: MergeOptions) -> bool:
 def _from_mean(spec: TensorSpec, options: MergeOptions) -> bool:
     """Whether a tensor of a checkpoint is to be read from its stored mean."""
     not_so = (*options.exclude, *options.copy)
-    averaged = spec.role in _COMPARED and spec.dtype.kind == "float" and _wanted(spec, options)
+    averaged = spec.role in _COMPARED and spec.dtype.kind in ("float", "complex") and _wanted(spec, options)
     return averaged and not any(fnmatchcase(spec.name, pattern) for pattern in not_so)
 
 

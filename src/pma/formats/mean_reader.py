@@ -42,16 +42,17 @@ class MeanReader:
         if name not in self._stored:
             return spec
         found = self.mean.tensors[self._stored[name]]
+        dtype = DType.C64 if spec.dtype.kind == "complex" else DType.F32
         for what, stored, expected in (
             ("shape", found.shape, spec.shape),
-            ("dtype", found.dtype.value[0], DType.F32.value[0]),
+            ("dtype", found.dtype.value[0], dtype.value[0]),
         ):
             if stored != expected:
                 raise MismatchError(
                     f"{printable(name)} in {_where(self.path)}: {what} {stored}, expected {expected}; "
                     "this is not the checkpoint's mean"
                 )
-        return replace(spec, dtype=DType.F32)
+        return replace(spec, dtype=dtype)
 
     @property
     def tensors(self) -> Mapping[str, TensorSpec]:
