@@ -137,7 +137,7 @@ def _prefix(inner: CheckpointReader, mean: CheckpointReader) -> str:
     say.
     """
     weights = {n for n, spec in inner.tensors.items() if spec.role in (Role.PARAMETER, Role.BUFFER)}
-    some = next(iter(mean.tensors), "")
+    some = max(mean.tensors, key=len, default="")  # few others end like it
     ends = sorted(name for name in weights if name.endswith(f".{some}"))
     for prefix in ("", *(name.removesuffix(some) for name in ends)):
         if all(prefix + name in weights for name in mean.tensors):
