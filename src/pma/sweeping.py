@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from blake3 import blake3
 
 from pma import engine, trajectory
-from pma.engine import MergeOptions, Plan
+from pma.engine import SNAPSHOTS, MergeOptions, Plan
 from pma.errors import FormatError, UsageError, printable
 from pma.evaluation.measures import TEXT, Measure, task_name
 from pma.formats.contracts import CheckpointReader
@@ -128,13 +128,15 @@ class _Planner:
             window = Window(last=last, every=every, at=at, allow_mixed_phases=self._grid.allow_mixed_phases)
             try:
                 points = trajectory.select(self._found, window)
+                if self._options.uses_means:
+                    engine.located_means(points)
             except UsageError as error:
                 skipped.append(str(error))
                 continue
             end = points[-1].step
-            raw.setdefault(end, self._place(points[-1:], "sma"))
+            raw.setdefault(end, self._place(points[-1:], "sma", SNAPSHOTS))
             for scheme in self._grid.schemes:
-                place = self._place(points, scheme)
+                place = self._place(points, scheme, self._options.use)
                 cells.append(Cell(scheme=scheme, last=last, every=every, at=end, plan=place))
         if not cells:
             raise UsageError("no window of the sweep exists: " + skipped[0])
@@ -151,8 +153,8 @@ class _Planner:
         grid = self._grid
         return [(at, every, last) for at in grid.ats for every in grid.everys for last in grid.lasts]
 
-    def _place(self, points: Sequence[TrajectoryPoint], scheme: str) -> int:
-        plan = engine.plan(points, replace(self._options, scheme=scheme), opened=self._opened)
+    def _place(self, points: Sequence[TrajectoryPoint], scheme: str, use: str) -> int:
+        plan = engine.plan(points, replace(self._options, scheme=scheme, use=use), opened=self._opened)
         place = self._places.setdefault(merge_key(plan), len(self._plans))
         if place == len(self._plans):
             self._plans.append(plan)
@@ -162,8 +164,11 @@ class _Planner:
 def merge_key(plan: Plan) -> str:
     """Tells merges apart by content: which files, weighed how, treated how. Not by where they lie."""
     options = plan.options
+    # not said of snapshots, so that results of before there were means are still found
+    use = {"use": options.use} if options.uses_means else {}
     return content_key(
         {
+            **use,
             "sources": [[asdict(identity) for identity in source.files] for source in plan.sources],
             "weights": list(plan.weights),
             "dtype": options.dtype.name if options.dtype else None,
@@ -255,7 +260,7 @@ def _described(plan: Plan) -> dict[str, Any]:
         {"path": str(source.point.path), "step": source.point.step, "weight": source.weight}
         for source in plan.sources
     ]
-    return {"scheme": plan.options.scheme, "sources": sources}
+    return {"scheme": plan.options.scheme, "use": plan.options.use, "sources": sources}
 
 
 def rows(

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from pma.engine import Merge, MergeOptions, Plan
 from pma.engine.provenance import RECORD_FILE, load
 from pma.errors import InputError, UsageError
 from pma.evaluation.text import Document, read_documents
+from pma.formats import interval_mean
 from pma.quantities import Tokens, distance_flag
 from pma.remote import location
 from pma.trajectory import Phase, Preset, Trajectory, TrajectoryPoint, Window
@@ -135,6 +136,7 @@ def inspect(path: Path, pattern: str | None = None) -> dict[str, Any]:
             "real_path": str(path.resolve()),
             "format": reader.format,
             "merge_of": _merged_from(path),
+            "interval_mean": _mean_beside(path),
             "step": meta.step,
             "tokens": meta.tokens,
             "tokens_source": meta.tokens_source,
@@ -159,6 +161,7 @@ def _inspect_run(path: Path, pattern: str | None) -> dict[str, Any]:
         "path": str(path),
         "checkpoints": [point.describe() for point in found.points],
         "left_out": [{"path": str(where), "reason": reason} for where, reason in found.left_out],
+        "interval_means_beside": engine.stored_beside(found.points),
         "suggestion": _suggestion_or_why_not(found),
     }
 
@@ -176,7 +179,20 @@ def _merged_from(path: Path) -> dict[str, Any] | None:
         return None
     record = load(path)
     steps = [source.get("step") for source in record["sources"]]
-    return {"scheme": str(record.get("scheme")), "steps": [s if isinstance(s, int) else None for s in steps]}
+    return {
+        "scheme": str(record.get("scheme")),
+        "use": str(record.get("use", engine.SNAPSHOTS)),
+        "steps": [s if isinstance(s, int) else None for s in steps],
+    }
+
+
+def _mean_beside(path: Path) -> dict[str, Any] | None:
+    """What the mean that is stored beside a checkpoint is of, or why that cannot be told."""
+    try:
+        found = interval_mean.find(path)
+        return asdict(interval_mean.read_record(found)) if found is not None else None
+    except InputError as error:
+        return {"unusable_because": str(error)}
 
 
 @dataclass(frozen=True, kw_only=True)

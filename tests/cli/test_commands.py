@@ -10,12 +10,14 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
 from pma.cli import app
-from pma.testing import random_raw, tiny_run
+from pma.testing import random_raw, store_mean, tiny_run
 from pma.testing.builders import write_safetensors, write_trainer_state
+from pma.testing.reference import read_all
 from pma.types import DType
 
 ROOT = Path(__file__).parents[2]
@@ -317,16 +319,18 @@ FLAGS = {
     "demo": "--json --moe --out",
     "inspect": "--json --pattern --tensors",
     "plan": "--allow-mixed-phases --allow-nonfinite --as-given --at --copy --dtype --every --exclude --json "
-    "--last --like --map --memory --pattern --preset --scheme --threads --to --weights --with-optimizer",
+    "--last --like --map --memory --pattern --preset --scheme --threads --to --use --weights "
+    "--with-optimizer",
     "merge": "--allow-mixed-phases --allow-nonfinite --as-given --at --break-lock --copy --dtype --every "
     "--exclude --fresh --hash-sources --inside-run --json --last --like --map --measure-roofline --memory "
-    "--out --pattern --preset --scheme --sha256 --staging --threads --to --weights --with-optimizer",
+    "--out --pattern --preset --scheme --sha256 --staging --threads --to --use --weights "
+    "--with-optimizer",
     "sweep": "--allow-mixed-phases --allow-nonfinite --at --break-lock --cloze --context --copy --dtype "
     "--every --exclude --fresh --json --last --limit --memory --scheme --staging --store --tasks --text "
-    "--threads --weights --write",
+    "--threads --use --weights --write",
     "verify": "--full --json --samples",
     "eval": "--annealed --at --cloze --context --every --json --last --limit --merge --preset --scheme "
-    "--tasks --text --weights",
+    "--tasks --text --use --weights",
     "report": "--json --out",
     "pretrain": "--anneal --fork-from --json --learning-rate --no-interval-means --out --seed "
     "--text --tokens",
@@ -434,3 +438,48 @@ def test_inspect_of_a_run_survives_a_damaged_newest_checkpoint(run: Path) -> Non
     shown = pma("inspect", run)
     assert shown.exit_code == 0
     assert "No window is suggested" in shown.stdout
+
+
+# ---- interval means ----
+
+
+@pytest.fixture
+def run_with_means(run: Path) -> Path:
+    tensors = {name: np.ones(raw["shape"]) for name, raw in read_all(run / "checkpoint-10").items()}
+    for step in range(30, 101, 10):
+        store_mean(run / f"checkpoint-{step}", tensors, averaged="masters")
+    return run
+
+
+def test_plan_and_inspect_say_where_means_are(run_with_means: Path) -> None:
+    told = "interval means are stored beside 8 of 10 checkpoints: --use interval-means"
+    assert told in pma("inspect", run_with_means).stderr
+    assert json.loads(pma("inspect", run_with_means, "--json").stdout)["interval_means_beside"] == 8
+    assert told in pma("plan", run_with_means, "--last", 10).stderr
+    one = pma("inspect", run_with_means / "checkpoint-30").stdout
+    assert "interval mean of the fp32 masters: 10 updates of steps 21 to 30" in one
+    assert "interval mean" not in pma("inspect", run_with_means / "checkpoint-20").stdout
+
+
+def test_a_merge_of_means_says_what_it_averages(run_with_means: Path, tmp_path: Path) -> None:
+    use = ("--use", "interval-means")
+    shown = pma("plan", run_with_means, "--last", 5, *use)
+    assert "5 interval means of the fp32 masters: 50 updates of steps 51 to 100, without gaps" in shown.stdout
+    assert shown.stderr == ""
+    sparse = pma("merge", run_with_means, "--last", 3, "--every", 20, *use, "-o", tmp_path / "out")
+    assert sparse.stderr.startswith("steps 61–70, 81–90 are in no mean\n")
+    assert "sma of 3 interval means" in sparse.stdout
+    assert "sma of 3 interval means, steps 60 to 100" in pma("inspect", tmp_path / "out").stdout
+    assert pma("verify", tmp_path / "out", "--full").exit_code == 0
+
+
+def test_what_cannot_be_meant_of_means(run_with_means: Path, tmp_path: Path) -> None:
+    wrong = pma("merge", run_with_means, "--last", 9, "--use", "interval-means", "-o", tmp_path / "out")
+    assert "no mean is stored beside 1 of the window's 9 checkpoints" in error_of(wrong)
+    assert wrong.exit_code == 2
+    unknown = pma("plan", run_with_means, "--last", 3, "--use", "ema")
+    assert "there are snapshots, interval-means" in error_of(unknown)
+    alone = pma("eval", run_with_means, "--use", "interval-means")
+    assert "--use interval-means goes with --merge" in error_of(alone)
+    mean = run_with_means / "checkpoint-30" / "pma_interval_mean.safetensors"
+    assert "name the checkpoint, or the run, and say --use" in error_of(pma("inspect", mean))

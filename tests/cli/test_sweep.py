@@ -1,14 +1,16 @@
 """`pma sweep`: table, JSON, store, pictures, written merges, errors."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 from typer.testing import CliRunner, Result
 
 from pma import verbs
 from pma.cli import app
-from pma.testing import tiny_llama_run, tiny_run
+from pma.testing import store_mean, tiny_llama_run, tiny_run
 from pma.verbs import Candidate, Choice
 
 
@@ -54,6 +56,32 @@ def test_losses_are_those_of_pma_eval(run: Path, tmp_path: Path) -> None:
     [expected] = verbs.evaluate([candidate], documents, cloze=0)
     assert row["loss"] == expected.loss.value
     assert row["steps"] == [30, 40, 50]
+
+
+def test_a_sweep_of_interval_means_is_another_than_one_of_checkpoints(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    shutil.copy(run.parent / "text.txt", tmp_path / "text.txt")
+    for step in (30, 40, 50):
+        weights = load_file(copy / f"checkpoint-{step}" / "model.safetensors")
+        store_mean(copy / f"checkpoint-{step}", {name: 0.9 * value for name, value in weights.items()})
+    store = ("--store", tmp_path / "results.sqlite")
+    snapshots = evaluated(copy, "--last", "3", *store)
+    use = ("--use", "interval-means")
+    means = evaluated(copy, "--last", "3,5", *use, *store)
+    assert "no mean is stored beside 2 of the window's 5" in means["skipped"][0]  # type: ignore[index]
+    assert means["from_store"] == 1  # the raw checkpoint, which is no mean
+    [one], [other] = snapshots["rows"], means["rows"]  # type: ignore[misc]
+    assert one["merge_key"] != other["merge_key"]
+    assert one["loss"] != other["loss"]
+    text = ("--text", tmp_path / "text.txt", "--cloze", 0)
+    shown = CliRunner().invoke(
+        app, [str(a) for a in ("eval", copy, "--merge", "--last", 3, *use, *text, "--json")]
+    )
+    last, merge = json.loads(shown.stdout)["comparison"]
+    assert merge["name"] == "sma of interval means"
+    assert merge["loss"]["value"] == other["loss"] != last["loss"]["value"]
+    assert evaluated(copy, "--last", "3", *use, *store)["rows"] == [other]
 
 
 def test_the_table_and_the_pictures(run: Path, tmp_path: Path) -> None:

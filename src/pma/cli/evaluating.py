@@ -11,6 +11,7 @@ import typer
 from pma import verbs
 from pma.cli import options as flags
 from pma.cli.output import command, note, say, table
+from pma.engine import SNAPSHOTS
 from pma.errors import UsageError
 from pma.verbs import Candidate, Choice
 
@@ -42,6 +43,7 @@ def evaluate(
     scheme: Annotated[
         str, typer.Option("--scheme", help="With --merge: one scheme, or several with commas.")
     ] = "sma",
+    use: flags.Use = SNAPSHOTS,
     annealed: Annotated[
         Path | None, typer.Option("--annealed", help="An annealed checkpoint: adds the gain recovered.")
     ] = None,
@@ -67,7 +69,7 @@ def evaluate(
     if weights is not None and not tasks:
         raise UsageError("--weights weighs --tasks, of which there are none")
     candidates = _candidates(
-        sources, merge, scheme, annealed, {"last": last, "every": every, "at": at, "preset": preset}
+        sources, merge, scheme, use, annealed, {"last": last, "every": every, "at": at, "preset": preset}
     )
     documents = verbs.held_out_documents(text or (), sources[0]) if text or not tasks else []
     if documents and len(documents) < _FEW_DOCUMENTS:
@@ -91,11 +93,13 @@ def evaluate(
 
 
 def _candidates(
-    sources: list[Path], merge: bool, scheme: str, annealed: Path | None, window: dict[str, Any]
+    sources: list[Path], merge: bool, scheme: str, use: str, annealed: Path | None, window: dict[str, Any]
 ) -> list[Candidate]:
     if merge:
-        candidates = merge_candidates(flags.choice(sources, **window), scheme.split(","))
+        candidates = merge_candidates(flags.choice(sources, **window), scheme.split(","), use)
     else:
+        if use != SNAPSHOTS:
+            raise UsageError(f"--use {use} goes with --merge")
         if any(value is not None and value is not False for value in window.values()):
             raise UsageError("--last, --every, --at and --preset go with --merge")
         candidates = [Candidate(name=str(path), choice=checkpoint_choice(path)) for path in sources]
@@ -137,11 +141,13 @@ def checkpoint_choice(path: Path) -> Choice:
     return Choice(paths=(verbs.newest(path),))
 
 
-def merge_candidates(choice: Choice, schemes: list[str]) -> list[Candidate]:
+def merge_candidates(choice: Choice, schemes: list[str], use: str = SNAPSHOTS) -> list[Candidate]:
     """The window's newest checkpoint, and the window merged by each scheme."""
     _, points = choice.points()
     last = Candidate(name=f"last ({points[-1].path.name})", choice=checkpoint_choice(points[-1].path))
-    return [last, *(Candidate(name=s, choice=choice, options=flags.merge_options(s)) for s in schemes)]
+    ways = {scheme: flags.merge_options(scheme, use=use) for scheme in schemes}
+    named = " of interval means" if use != SNAPSHOTS else ""
+    return [last, *(Candidate(name=s + named, choice=choice, options=how) for s, how in ways.items())]
 
 
 def report(

@@ -10,8 +10,10 @@ import typer
 
 from pma import engine, trajectory, verbs
 from pma.cli import options as flags
+from pma.cli.interval_means import beside_text, means_text, note_gaps, note_means, record_text, sources_text
 from pma.cli.output import command, note, say, table
 from pma.cli.transfer import cost, sending, show_cost, transfer
+from pma.engine import SNAPSHOTS
 from pma.errors import printable
 from pma.quantities import bytes_text, count_text
 from pma.remote import location
@@ -59,12 +61,15 @@ def _show_checkpoint(result: dict[str, Any], *, list_tensors: bool) -> None:
             if None not in made["steps"]
             else "steps unknown"
         )
-        say(f"  merge       {printable(made['scheme'])} of {len(made['steps'])} checkpoints, {steps}")
+        what = sources_text(made["use"])
+        say(f"  merge       {printable(made['scheme'])} of {len(made['steps'])} {what}, {steps}")
     else:
         say(f"  complete    {'yes' if result['complete'] else 'no: ' + result['incomplete_because']}")
         say(f"  step        {_or_unknown(result['step'])}")
         say(f"  tokens      {tokens}")
         say(f"  lr          {_or_unknown(result['learning_rate'])}")
+    if result["interval_mean"] is not None:
+        say(f"  beside      {record_text(result['interval_mean'])}")
     say(f"  parameters  {count_text(result['parameters'])}, {kind}")
     say(
         f"  tensors     {len(result['tensors'])}: "
@@ -89,6 +94,8 @@ def _show_run(result: dict[str, Any]) -> None:
     table(("checkpoint", "step", "tokens", "lr", "phase"), rows, title=result["path"])
     for entry in result["left_out"]:
         note(f"left out: {entry['path']}: {entry['reason']}")
+    if result["interval_means_beside"]:
+        note(beside_text(result["interval_means_beside"], len(result["checkpoints"])))
     say(result["suggestion"])
 
 
@@ -107,6 +114,7 @@ def plan(
     to: flags.To = None,
     like: flags.Like = None,
     map_name: flags.MapName = None,
+    use: flags.Use = SNAPSHOTS,
     as_given: flags.AsGiven = False,
     pattern: flags.Pattern = None,
     allow_mixed_phases: flags.MixedPhases = False,
@@ -142,6 +150,7 @@ def plan(
         to=to,
         like=like,
         map_name=map_name,
+        use=use,
         allow_nonfinite=allow_nonfinite,
         threads=threads,
         memory=memory,
@@ -171,12 +180,15 @@ def _show_plan(description: dict[str, Any]) -> None:
     table(("checkpoint", "step", "tokens", "lr", "phase", "weight", "size"), rows)
     for entry in description["left_out"]:
         note(f"left out: {entry['path']}: {entry['reason']}")
+    note_means(description)
     if description["ignored_files"]:
         note(f"not part of the checkpoints and not read: {_listed(description['ignored_files'])}")
     policies = ", ".join(f"{count} {policy}" for policy, count in description["tensors"].items() if count)
     read, written = description["bytes_to_read"], description["bytes_to_write"]
     say()
     say(f"scheme      {description['scheme']}")
+    if description["interval_means"] is not None:
+        say(f"averages    {means_text(description['interval_means'])}")
     say(f"tensors     {policies}; {count_text(description['parameters'])} parameters")
     for what in ("copied", "excluded"):
         if description[what]:
@@ -225,6 +237,7 @@ def merge(
     to: flags.To = None,
     like: flags.Like = None,
     map_name: flags.MapName = None,
+    use: flags.Use = SNAPSHOTS,
     as_given: flags.AsGiven = False,
     pattern: flags.Pattern = None,
     allow_mixed_phases: flags.MixedPhases = False,
@@ -267,6 +280,7 @@ def merge(
         to=to,
         like=like,
         map_name=map_name,
+        use=use,
         allow_nonfinite=allow_nonfinite,
         threads=threads,
         memory=memory,
@@ -274,6 +288,8 @@ def merge(
     with verbs.plan(chosen, options) as planned:
         for path, reason in planned.left_out:
             note(f"left out: {path}: {reason}")
+        if planned.options.uses_means:
+            note_gaps(planned.describe()["interval_means"])
         for warning in engine.check_output(planned, out, inside_run=inside_run, staging=staging, fresh=fresh):
             note(f"warning: {warning}")
         roofline = (
@@ -294,7 +310,7 @@ def merge(
             )
     result = {**asdict(done), "path": str(out), **cost(done, roofline)}
     if not json_output:
-        say(f"{out}: {done.scheme} of {done.checkpoints} checkpoints")
+        say(f"{out}: {done.scheme} of {done.checkpoints} {sources_text(use)}")
         show_cost(result)
     return result
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pma.cli.output import note
-from pma.engine import MergeOptions
+from pma.engine import SNAPSHOTS, MergeOptions
 from pma.engine.memory_budget import DEFAULT_MEMORY_BYTES
 from pma.errors import UsageError
 from pma.quantities import parse_bytes, parse_distance
@@ -78,6 +78,14 @@ Like = Annotated[
 ]
 MapName = Annotated[
     str | None, typer.Option("--map", metavar="MAP", help="How: a built-in map, or a file of your own.")
+]
+Use = Annotated[
+    str,
+    typer.Option(
+        "--use",
+        metavar="WHAT",
+        help="Average the checkpoints (snapshots), or the interval-means stored beside them.",
+    ),
 ]
 AsGiven = Annotated[
     bool, typer.Option("--as-given", help="Checkpoints are named oldest first; do not order by step.")
@@ -184,6 +192,7 @@ def merge_options(
     to: str | None = None,
     like: Path | None = None,
     map_name: str | None = None,
+    use: str = SNAPSHOTS,
     allow_nonfinite: bool = False,
     threads: int = 2,
     memory: str = DEFAULT_MEMORY,
@@ -207,6 +216,7 @@ def merge_options(
         to=to,
         like=like,
         map=map_name,
+        use=use,
         allow_nonfinite=allow_nonfinite,
         threads=threads,
         memory_bytes=parse_bytes(memory),

@@ -12,7 +12,7 @@ from pma import engine, sweeping, verbs
 from pma.cli import options as flags
 from pma.cli.output import command, note, say, table
 from pma.cli.transfer import sending, transfer
-from pma.engine import How, Plan
+from pma.engine import SNAPSHOTS, How, Plan
 from pma.errors import MissingExtra, UsageError
 from pma.evaluation.measures import Measure, task_measure, text_measure
 from pma.quantities import bytes_text, parse_distance
@@ -68,6 +68,7 @@ def sweep(
     dtype: flags.OutputDType = None,
     exclude: flags.Exclude = None,
     copy: flags.Copy = None,
+    use: flags.Use = SNAPSHOTS,
     allow_mixed_phases: flags.MixedPhases = False,
     allow_nonfinite: flags.Nonfinite = False,
     staging: flags.Staging = None,
@@ -92,7 +93,15 @@ def sweep(
         raise UsageError("--weights weighs --tasks, of which there are none")
     grid = _grid(last, every, at, scheme, allow_mixed_phases=allow_mixed_phases)
     options = flags.merge_options(
-        "sma", None, dtype, exclude, copy, allow_nonfinite=allow_nonfinite, threads=threads, memory=memory
+        "sma",
+        None,
+        dtype,
+        exclude,
+        copy,
+        use=use,
+        allow_nonfinite=allow_nonfinite,
+        threads=threads,
+        memory=memory,
     )
     with sweeping.planned(sources, grid, options) as planned:
         result = _announced(planned)

@@ -2,6 +2,8 @@
 
 from pma.engine.commit import How, Merge, is_written
 from pma.engine.delivery import built_at, check_output, write
+from pma.engine.means import SNAPSHOTS, stored_beside
+from pma.engine.means import located as located_means
 from pma.engine.memory import average
 from pma.engine.plan import MergeOptions, Plan, is_mixture_of_experts, parameter_count, plan
 from pma.engine.roofline import Roofline, measure_roofline
@@ -9,6 +11,7 @@ from pma.engine.sweep import bytes_to_read_by, passes, sweep_digests, sweep_in_m
 from pma.engine.verify import Verification, verify
 
 __all__ = [
+    "SNAPSHOTS",
     "How",
     "Merge",
     "MergeOptions",
@@ -21,10 +24,12 @@ __all__ = [
     "check_output",
     "is_mixture_of_experts",
     "is_written",
+    "located_means",
     "measure_roofline",
     "parameter_count",
     "passes",
     "plan",
+    "stored_beside",
     "sweep_digests",
     "sweep_in_memory",
     "sweep_to_folders",

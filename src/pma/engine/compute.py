@@ -29,6 +29,7 @@ from pma.averaging.kernels import (
     read_runs,
 )
 from pma.engine.blocks import CHUNK_BYTES, Block, Piece, Policy, Span
+from pma.engine.means import read_from
 from pma.engine.read_ahead import ReadAhead
 from pma.engine.segments import Segments
 from pma.engine.stopping import StopFlag
@@ -326,7 +327,7 @@ def _first_nonfinite(reader: CheckpointReader, piece: Piece) -> tuple[list[int],
 
 def _nonfinite(tensor: str, reader: CheckpointReader, index: list[int], value: float) -> NonfiniteError:
     return NonfiniteError(
-        f"{printable(tensor)}{index} in {reader.path}: {value}; every value must be finite. "
+        f"{printable(tensor)}{index} in {read_from(reader, tensor)}: {value}; every value must be finite. "
         "Leave that checkpoint out, or go on regardless with --allow-nonfinite"
     )
 

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pma import averaging, formats
-from pma.engine import converting
+from pma.engine import converting, means
 from pma.engine.blocks import Blocks, Policy
 from pma.engine.memory_budget import DEFAULT_MEMORY_BYTES, peak_memory_bytes, tile_bytes_within
 from pma.errors import InputError, MismatchError, UsageError, printable
 from pma.formats import side_files
 from pma.formats.contracts import CheckpointReader
+from pma.formats.interval_mean import IntervalMean
 from pma.remote import each_at_once
 from pma.trajectory import TrajectoryPoint
 from pma.types import DType, FileIdentity, Layout, Role, TensorSpec
@@ -39,7 +40,8 @@ class MergeOptions:
     too and carry the rest of the newest checkpoint's training state; left out otherwise. `to`: the output's
     format, the newest checkpoint's own by default. `like`: a Hugging Face model folder; tensors get the
     names, order and shapes of that model, by `map` (a built-in one or a file; by default the only one that
-    fits), and `exclude` then means tensors of the sources.
+    fits), and `exclude` then means tensors of the sources. `use`: average the checkpoints' own weights,
+    `snapshots`, or the means over the steps before each that are stored beside them, `interval-means`.
     """
 
     scheme: str = "sma"
@@ -51,6 +53,7 @@ class MergeOptions:
     to: str | None = None
     like: Path | None = None
     map: str | None = None
+    use: str = means.SNAPSHOTS
     allow_nonfinite: bool = False
     threads: int = 2
     memory_bytes: int = DEFAULT_MEMORY_BYTES
@@ -62,17 +65,29 @@ class MergeOptions:
             raise UsageError(f"--map {self.map} needs --like FOLDER, the model that the tensors become")
         if self.like is not None and self.with_optimizer:
             raise UsageError("--with-optimizer keeps a trainer's own state; --like FOLDER leaves it behind")
+        if self.use not in means.USES:
+            raise UsageError(f"--use {self.use!r} is not known; there are {', '.join(means.USES)}")
+        if self.uses_means and self.like is not None and self.copy:
+            raise UsageError("--copy does not go with both --like and --use interval-means")
         if self.threads < 1:
             raise UsageError(f"--threads {self.threads}: at least one is needed")
+
+    @property
+    def uses_means(self) -> bool:
+        """Whether stored means are averaged and not the checkpoints' own weights."""
+        return self.use == means.INTERVAL_MEANS
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One checkpoint of a plan, its weight, and its files as they were when planned."""
+    """One checkpoint of a plan, its weight, and its files as they were when planned. `mean`: what its stored
+    mean is of, where that is averaged.
+    """
 
     point: TrajectoryPoint
     weight: float
     files: tuple[FileIdentity, ...]
+    mean: IntervalMean | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +105,7 @@ class Plan:
     tile_bytes: int
     side_files: Mapping[str, bytes]
     left_out: tuple[tuple[Path, str], ...] = ()
+    means_beside: int = 0
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -141,8 +157,12 @@ class Plan:
         groups: dict[str, list[str]] = {"average": [], "copy newest": [], "excluded": list(self.excluded)}
         for name, policy in self.policies.items():
             groups[policy.value].append(name)
+        used = [source.mean for source in self.sources if source.mean is not None]
         return {
             "scheme": _scheme_text(self.options),
+            "use": self.options.use,
+            "interval_means": means.described(used) if used else None,
+            "interval_means_beside": self.means_beside,
             "sources": [_described(source) for source in self.sources],
             "left_out": [{"path": str(path), "reason": reason} for path, reason in self.left_out],
             "ignored_files": [f"{r.path / name}" for r in self.readers for name in r.ignored_files],
@@ -180,6 +200,10 @@ def plan(
     """
     options = options or MergeOptions()
     weights = _weights(points, options, as_given=as_given)
+    of_N: Sequence[IntervalMean | None] = [None] * len(points)
+    if options.uses_means:
+        of_N = recorded = means.records(points, mixed=options.weights is not None)
+        weights = means.weighed(weights, recorded) if options.weights is None else weights
     with ExitStack() as on_error:
         opened = {} if opened is None else opened
         missing = [path for path in dict.fromkeys(point.path for point in points) if path not in opened]
@@ -187,9 +211,17 @@ def plan(
             opened[path] = reader
             on_error.callback(reader.close)
         readers = [opened[point.path] for point in points]
+        snapshot = readers[-1]
+        if options.uses_means:
+            readers = means.with_means(points, readers, opened, lambda spec: _from_mean(spec, options))
         if options.like is not None:
             _check_match("--exclude", options.exclude, [name for r in readers for name in r.tensors])
             readers = converting.converted(readers, options.like, options.map, options.exclude)
+            (snapshot,) = (
+                converting.converted([snapshot], options.like, options.map, options.exclude)
+                if options.uses_means
+                else readers[-1:]
+            )
         newest = readers[-1]
         everything = {name: s for r in readers for name, s in r.tensors.items() if _wanted(s, options)}
         _check_patterns(everything, options)
@@ -200,19 +232,20 @@ def plan(
         tensors = {n: s for n, s in newest.tensors.items() if n in everything and n not in unwanted}
         _check_same(readers, {n: s for n, s in tensors.items() if s.role in _COMPARED}, excluded)
         policies = {name: _policy(spec, options.copy, newest.path) for name, spec in tensors.items()}
-        outputs = {name: _output_spec(spec, policies[name], options.dtype) for name, spec in tensors.items()}
+        # types, files and side files are the newest checkpoint's, also where stored means are averaged
+        outputs = {n: _output_spec(snapshot.tensors[n], policies[n], options.dtype) for n in tensors}
         to = options.to or ("hf" if options.like is not None else None)
         # a converted checkpoint's files are not its source's
-        layout = formats.plan_layout(outputs, newest if options.like is None else None, to)
+        layout = formats.plan_layout(outputs, snapshot if options.like is None else None, to)
         blocks = Blocks(layout, tensors, policies)
         tile_bytes = tile_bytes_within(options.memory_bytes, options.threads, merges=1)
-        beside = _beside(newest, options.dtype)
+        beside = _beside(snapshot, options.dtype)
         files = [reader.identities() for reader in readers]
         on_error.pop_all()
     return Plan(
         sources=tuple(
-            Source(point=point, weight=weight, files=identity)
-            for point, weight, identity in zip(points, weights, files, strict=True)
+            Source(point=point, weight=weight, files=identity, mean=mean)
+            for point, weight, identity, mean in zip(points, weights, files, of_N, strict=True)
         ),
         readers=tuple(readers),
         options=options,
@@ -224,6 +257,7 @@ def plan(
         tile_bytes=tile_bytes,
         side_files=beside,
         left_out=tuple(left_out),
+        means_beside=len(points) if options.uses_means else means.stored_beside(points),
     )
 
 
@@ -235,6 +269,13 @@ def parameter_count(tensors: Mapping[str, TensorSpec]) -> int:
 
 def _wanted(spec: TensorSpec, options: MergeOptions) -> bool:
     return options.with_optimizer or spec.role in (Role.PARAMETER, Role.BUFFER, Role.OPAQUE)
+
+
+def _from_mean(spec: TensorSpec, options: MergeOptions) -> bool:
+    """Whether a tensor of a checkpoint is to be read from its stored mean."""
+    not_so = (*options.exclude, *options.copy)
+    averaged = spec.role in _COMPARED and spec.dtype.kind in ("float", "complex") and _wanted(spec, options)
+    return averaged and not any(fnmatchcase(spec.name, pattern) for pattern in not_so)
 
 
 def is_mixture_of_experts(tensors: Mapping[str, TensorSpec]) -> bool:
@@ -356,4 +397,10 @@ def _scheme_text(options: MergeOptions) -> str:
 
 def _described(source: Source) -> dict[str, Any]:
     size_bytes = sum(file.size_bytes for file in source.files)
-    return {**source.point.describe(), "weight": source.weight, "bytes": size_bytes}
+    mean = asdict(source.mean) if source.mean is not None else None
+    return {
+        **source.point.describe(),
+        "weight": source.weight,
+        "bytes": size_bytes,
+        "interval_mean": mean,
+    }

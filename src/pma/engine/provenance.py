@@ -51,12 +51,14 @@ def record(
         "to": options.to,
         "conversion": converting.record(plan.newest),
         "allow_nonfinite": options.allow_nonfinite,
+        "use": options.use,
         "sources": [
             {
                 **source.point.describe(),
                 "path": str(_absolute(source.point.path)),
                 "folder": str(_absolute(source.point.folder)),
                 "weight": source.weight,
+                "interval_mean": asdict(source.mean) if source.mean is not None else None,
                 "files": [asdict(identity) for identity in source.files],
             }
             for source in plan.sources
@@ -77,7 +79,7 @@ def heading(plan: Plan) -> dict[str, Any]:
     """
     options = plan.options
     choices = [options.scheme, options.weights, options.exclude, options.copy, options.allow_nonfinite]
-    choices += [options.with_optimizer, options.to]
+    choices += [options.with_optimizer, options.to, *([options.use] if options.uses_means else [])]
     files = [(file.name, file.size_bytes) for file in plan.layout.files]
     headers = [data.hex() for file in plan.layout.files for _, data in file.constants]
     sources = [

@@ -15,6 +15,7 @@ from blake3 import blake3
 from pma import conversion, formats
 from pma.engine import provenance
 from pma.engine.blocks import Block
+from pma.engine.means import SNAPSHOTS
 from pma.engine.plan import MergeOptions, Plan, plan
 from pma.engine.read_ahead import ReadAhead
 from pma.engine.stopping import StopFlag
@@ -167,6 +168,7 @@ def _planned_again(out: Path, value: dict[str, Any]) -> Plan:
         to=value.get("to"),
         like=location(value["conversion"]["like"]) if value.get("conversion") else None,
         map=value["conversion"]["map"] if value.get("conversion") else None,
+        use=value.get("use", SNAPSHOTS),
         allow_nonfinite=value["allow_nonfinite"],
     )
     again = plan(trajectory.points, options, as_given=True)

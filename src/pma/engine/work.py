@@ -87,8 +87,10 @@ def alike(one: Plan, other: Plan) -> bool:
     return same_layout and one.tensors == other.tensors and _how(one) == _how(other)
 
 
-def _how(plan: Plan) -> tuple[int, int, bool]:
-    return plan.options.threads, plan.options.memory_bytes, plan.options.allow_nonfinite
+def _how(plan: Plan) -> tuple[int, int, bool, str]:
+    # checkpoints themselves and their stored means have one path, and so share no pass
+    options = plan.options
+    return options.threads, options.memory_bytes, options.allow_nonfinite, options.use
 
 
 def _recipe(readers: Sequence[int], weights: Sequence[float]) -> Recipe:

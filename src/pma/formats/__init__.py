@@ -12,6 +12,7 @@ from re import Match
 from typing import cast
 
 from pma.errors import FormatError, UsageError
+from pma.formats import interval_mean
 from pma.formats.contracts import UNFINISHED_FILE, UNFINISHED_SUFFIX, CheckpointReader, FormatModule
 from pma.types import CheckpointMeta, Layout, TensorSpec
 
@@ -46,6 +47,8 @@ def _formats() -> Iterator[FormatModule]:
 
 
 def _format_of(path: Path) -> FormatModule | None:
+    if interval_mean.is_mean(path.name):
+        return None
     return next((module for module in _formats() if module.detect(path)), None)
 
 
@@ -72,6 +75,11 @@ def open_checkpoint(path: Path) -> CheckpointReader:
     module = _format_of(path)
     if module is not None:
         return module.open_reader(path)
+    if interval_mean.is_mean(path.name):
+        raise FormatError(
+            f"{path} is the interval mean of a checkpoint; name the checkpoint, or the run, and say "
+            "--use interval-means"
+        )
     what = "a folder without files of a known format" if path.is_dir() else "a file of no known format"
     raise FormatError(
         f"{path} is {what}; expected a checkpoint, such as a folder with model.safetensors in it"

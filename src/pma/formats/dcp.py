@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from pma.errors import FormatError, IncompleteError, InputError
-from pma.formats import hf_trainer
+from pma.formats import hf_trainer, interval_mean
 from pma.formats.contracts import CheckpointReader
 from pma.formats.dcp_checkpoint import DcpReader
 from pma.formats.dcp_layout import fresh, is_training, part_layout
 from pma.formats.dcp_metadata import METADATA_FILE
-from pma.formats.dcp_profiles import ACCELERATE, OLMO_CORE, Profile, recognised
+from pma.formats.dcp_profiles import ACCELERATE, OLMO_CORE, WEIGHTS_ALONE, Profile, recognised
 from pma.formats.folder import Folder
 from pma.formats.torch_archive import read_archive
 from pma.types import CheckpointMeta, Layout, TensorSpec
@@ -48,6 +48,13 @@ def detect(path: Path) -> bool:
 def open_reader(path: Path) -> Reader:
     """Open a checkpoint: parses its `.metadata`, reads no tensor."""
     return Reader(path, *_parts(path))
+
+
+def open_mean(path: Path) -> Reader:
+    """Open the folder of a stored mean (`interval_mean`) as part of the checkpoint it lies in."""
+    reader = Reader(path.parent, (f"{path.name}/",), WEIGHTS_ALONE)
+    reader.also(f"{path.name}/{interval_mean.RECORD_FILE}")
+    return reader
 
 
 def _parts(path: Path) -> tuple[tuple[str, ...], Profile | None]:

@@ -125,6 +125,8 @@ MEGATRON = Profile(
     # without the common state Megatron loads nothing
     opaque=re.compile(r".+\._extra_state(/.*)?|common_state(/.*)?"),
 )
+#: a stored mean (`interval_mean`) holds nothing but weights
+WEIGHTS_ALONE = Profile(name="interval mean", training=_NEVER, optimizer=_NEVER, opaque=_NEVER)
 _TRAINING_KEYS = (
     r"(optim|optimizer|optimizers|optimizer_state|lr_scheduler|lr_schedulers|scheduler|schedulers|dataloader|"
     r"data_loader|train_state|trainer|rng|rng_state|step|epoch|global_step)(\.|$)"

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pma.errors import FormatError, printable
 from pma.formats import strict_json
@@ -152,4 +152,5 @@ def open_reader(path: Path) -> CheckpointReader:
     # here, because the formats import the names above
     from pma.formats import dcp, safetensors
 
-    return dcp.open_mean(path) if path.is_dir() else safetensors.open_reader(path)
+    reader = dcp.open_mean(path) if path.is_dir() else safetensors.open_reader(path)
+    return cast("CheckpointReader", reader)

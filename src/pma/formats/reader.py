@@ -16,6 +16,8 @@ from pma.formats.folder import Folder
 from pma.formats.runs import Runs, runs_of
 from pma.types import Box, FileIdentity, Fragment, TensorSpec
 
+_LARGEST_SMALL_BYTES = 2**20
+
 
 class FileReader:
     """Reads tensors from files of one folder by position. Implements `CheckpointReader`.
@@ -83,6 +85,10 @@ class FileReader:
             size_bytes, stamp = self.folder.status(name)
             found.append(FileIdentity(name=name, size_bytes=size_bytes, mtime_ns=stamp, header_digest=digest))
         return tuple(found)
+
+    def also(self, name: str) -> None:
+        """A small file that is part of the checkpoint too; its digest is of all of its bytes."""
+        self._header_digests[name] = blake3(self.folder.read_whole(name, _LARGEST_SMALL_BYTES)).hexdigest()
 
     def close(self) -> None:
         self.folder.close()

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from pma.errors import FormatError, IncompleteError, printable
-from pma.formats import hf_trainer, strict_json
+from pma.formats import hf_trainer, interval_mean, strict_json
 from pma.formats.contracts import CheckpointReader
 from pma.formats.folder import open_folder
 from pma.formats.reader import FileReader
@@ -29,7 +29,7 @@ CHECKPOINT_NAME = hf_trainer.TRAINER_FOLDER
 def detect(path: Path) -> bool:
     """Whether `path` is a safetensors checkpoint: such a file, or a folder that holds one."""
     if path.is_dir():
-        return (path / INDEX_FILE).is_file() or any(path.glob("*.safetensors"))
+        return (path / INDEX_FILE).is_file() or bool(_files(path))
     return path.is_file() and path.suffix == ".safetensors"
 
 
@@ -49,7 +49,7 @@ class SafetensorsReader(FileReader):
         headers = folder.each(lambda name: read_header(folder, name), names)
         self._headers = dict(zip(names, headers, strict=True))
         super().__init__(path, folder, {name: header.digest for name, header in self._headers.items()})
-        beside = sorted(found.name for found in path.glob("*.safetensors")) if path.is_dir() else []
+        beside = _files(path) if path.is_dir() else []
         self.ignored_files = tuple(name for name in beside if name not in self._headers)
         self._file_of: dict[str, str] = {}
         for file, header in self._headers.items():
@@ -77,6 +77,12 @@ def read_meta(path: Path) -> CheckpointMeta:
     return hf_trainer.read_meta(path) if path.is_dir() else CheckpointMeta()
 
 
+def _files(folder: Path) -> list[str]:
+    """Names of a folder's safetensors files, without means that are stored beside a checkpoint."""
+    names = sorted(found.name for found in folder.glob("*.safetensors"))
+    return [name for name in names if not interval_mean.is_mean(name)]
+
+
 def _shard_names(path: Path) -> tuple[list[str], dict[str, str] | None]:
     """The files of a checkpoint, in order of name, and the index's file of each tensor, where there is an
     index.
@@ -102,7 +108,7 @@ def _shard_names(path: Path) -> tuple[list[str], dict[str, str] | None]:
         return sorted(indexed), weight_map
     if single:
         return [SINGLE_FILE], None
-    names = sorted(found.name for found in path.glob("*.safetensors"))
+    names = _files(path)
     if len(names) == 1:
         return names, None
     if not names:

@@ -2,7 +2,7 @@
 checkpoints, tiny ones and one giant.
 """
 
-from pma.testing.builders import Raw, random_raw, tiny_llama_run, tiny_run
+from pma.testing.builders import Raw, random_raw, store_mean, tiny_llama_run, tiny_run
 from pma.testing.contracts import ReaderContract, WriterContract
 from pma.testing.giant import giant_run
 from pma.testing.reference import reference_average, rounded
@@ -15,6 +15,7 @@ __all__ = [
     "random_raw",
     "reference_average",
     "rounded",
+    "store_mean",
     "tiny_llama_run",
     "tiny_run",
 ]

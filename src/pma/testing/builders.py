@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pma.formats.interval_mean import METADATA_KEY, IntervalMean, file_of
 from pma.types import DType, TensorSpec
 
 _SHORT = {"bf16": DType.BF16, "fp16": DType.F16, "fp32": DType.F32, "fp64": DType.F64}
@@ -133,6 +134,25 @@ def tiny_run(
         write_trainer_state(path, number * every, every=every)
         paths.append(path)
     return paths
+
+
+def store_mean(checkpoint: Path, tensors: Mapping[str, Any], **record: Any) -> Path:
+    """Store `tensors` (of numpy, by name) as the interval mean of a checkpoint, in fp32; returns its file.
+
+    `record`: fields of `IntervalMean`; by default of every step of the ten up to the checkpoint's name.
+    """
+    from safetensors.numpy import save_file
+
+    last = int("".join(filter(str.isdigit, checkpoint.stem)))
+    given = {"first_step": last - 9, "last_step": last, "updates": 10, "every": 1, "averaged": "weights"}
+    text = IntervalMean(**{**given, **record}).to_json()
+    path = file_of(checkpoint)
+    values = {
+        name: np.array(tensor, np.complex64 if np.iscomplexobj(tensor) else np.float32, order="C")
+        for name, tensor in tensors.items()
+    }
+    save_file(values, path, metadata={"format": "pt", METADATA_KEY: text})
+    return path
 
 
 def tiny_llama_run(

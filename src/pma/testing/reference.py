@@ -26,6 +26,8 @@ def read_all(checkpoint: Path) -> dict[str, dict[str, Any]]:
 
     tensors = {}
     for file in sorted(checkpoint.glob("*.safetensors")):
+        if file.name == "pma_interval_mean.safetensors":
+            continue  # stored beside the checkpoint, no part of it
         tensors.update(dict(deserialize(file.read_bytes())))
     return tensors
 

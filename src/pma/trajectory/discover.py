@@ -12,7 +12,7 @@ from typing import Any
 
 from pma import formats
 from pma.errors import InputError, UsageError
-from pma.formats import hf_trainer
+from pma.formats import hf_trainer, interval_mean
 from pma.remote import each_at_once
 from pma.trajectory.phases import Phase, phase_at
 from pma.types import CheckpointMeta, TrainingLog
@@ -200,7 +200,8 @@ def _checkpoints(root: Path, pattern: re.Pattern[str] | None) -> Iterator[tuple[
     if not root.is_dir():
         raise InputError(f"{root} is a file; expected a run: a folder with checkpoint-N folders in it")
     if pattern is not None:
-        matches = [(path, pattern.fullmatch(path.name)) for path in sorted(root.iterdir())]
+        names = [path for path in sorted(root.iterdir()) if not interval_mean.is_mean(path.name)]
+        matches = [(path, pattern.fullmatch(path.name)) for path in names]
         found = [(path, _step_in(match)) for path, match in matches if match is not None]
     else:
         # a folder named like a checkpoint is one even before it holds anything: it is being written
