@@ -52,6 +52,11 @@ class DType(Enum):
     def kind(self) -> Kind:
         return self.value[2]
 
+    @property
+    def averaged(self) -> bool:
+        """Whether averages are made of values of this type; any other value is the newest's."""
+        return self.kind in ("float", "complex")
+
 
 class Role(Enum):
     """What a stored tensor is to the model.

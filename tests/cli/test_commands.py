@@ -333,8 +333,8 @@ FLAGS = {
     "--tasks --text --use --weights",
     "report": "--json --out",
     "spikes": "--grad-norm-name --json --last --log --loss-name --pattern --step-name",
-    "pretrain": "--anneal --fork-from --json --learning-rate --out --resume-from --seed --skip-steps "
-    "--skip-tokens --text --tokens",
+    "pretrain": "--anneal --fork-from --json --learning-rate --no-interval-means --out --resume-from --seed "
+    "--skip-steps --skip-tokens --text --tokens",
     "init": "--allow-mixed-phases --allow-nonfinite --as-given --at --before-step --break-lock --every --for "
     "--fresh --inside-run --json --last --memory --optimizer --out --pattern --preset --scheme --staging "
     "--threads --weights",

@@ -37,7 +37,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:Futu
 
 def drawn(seed: int) -> dict[str, NDArray[Any]]:
     random = np.random.default_rng(seed)
-    return {name: random.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
+    floats = {name: random.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
+    return {**floats, "wave": random.standard_normal(14).astype(np.float32).view(np.complex64)}
 
 
 def run_with_means(
@@ -64,14 +65,14 @@ def described(run: Path, window: Window | None = None, **options: Any) -> dict[s
 def twin(folder: Path, run: Path, weights: Sequence[float], dtype: str) -> dict[str, bytes]:
     """The same by numpy, from the means as checkpoints of their own, and what they lack from the run."""
     sources = []
-    for number, path in enumerate(sorted(run.glob("checkpoint-*"))[-len(weights) :]):
-        others = [Raw(spec=raw.spec, data=bytes(read_all(path)[raw.spec.name]["data"])) for raw in EXTRA]
-        own = sorted(run.glob("checkpoint-*")).index(path)
-        tensors = [
-            Raw(spec=random_raw(n, DType.F32, v.shape).spec, data=v.tobytes()) for n, v in drawn(own).items()
-        ]
-        write_safetensors(folder / f"{number}", [*tensors, *others])
+    paths = sorted(run.glob("checkpoint-*"))
+    for number, path in list(enumerate(paths))[-len(weights) :]:
+        tensors = [Raw(spec=EXTRA[0].spec, data=bytes(read_all(path)["ids"]["data"]))]
+        for name, value in drawn(number).items():
+            kind = DType.C64 if np.iscomplexobj(value) else DType.F32
+            tensors.append(Raw(spec=random_raw(name, kind, value.shape).spec, data=value.tobytes()))
         sources.append(folder / f"{number}")
+        write_safetensors(sources[-1], tensors)
     return reference_average(sources, weights, dtype)
 
 

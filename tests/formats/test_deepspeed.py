@@ -23,7 +23,7 @@ from pma.formats import deepspeed, deepspeed_universal
 from pma.formats.contracts import CheckpointReader
 from pma.formats.deepspeed_layout import moment_name
 from pma.formats.folder_writer import FolderWriter
-from pma.testing import Raw, ReaderContract, WriterContract
+from pma.testing import Raw, ReaderContract, WriterContract, store_mean
 from pma.testing.builders import _torch_tensor
 from pma.testing.contracts import read_whole
 from pma.testing.refusals import assert_refused
@@ -666,3 +666,23 @@ def _good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not _GOOD:
         _GOOD.append(zero().write(tmp_path_factory.mktemp("good") / "global_step10"))
     return _GOOD[0]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_interval_means_beside_partitions(tmp_path: Path, stage: int) -> None:
+    """The means are whole tensors by name; the output is as that of the partitions, masters included."""
+    run(tmp_path / "run", stage)
+    steps = (10, 20, 30)
+    for step in steps:
+        checkpoint = tmp_path / "run" / f"global_step{step}"
+        reader = formats.open_checkpoint(checkpoint)
+        weights = [s for s in reader.tensors.values() if s.role in (Role.PARAMETER, Role.BUFFER)]
+        floats = [spec for spec in weights if spec.dtype.kind == "float"]
+        store_mean(checkpoint, {spec.name: np.full(spec.shape, step) for spec in floats})
+        reader.close()
+    out = merged(tmp_path / "run", tmp_path / "out", use="interval-means", with_optimizer=True)
+    for name, shape in SHAPES.items():
+        saved = torch.load(out / "zero" / name / "fp32.pt")
+        assert torch.equal(saved["param"], torch.full(shape, 20.0)), name
+    assert torch.load(out / "mp_rank_00_model_states.pt")["module"]["mean"].tolist() == [20.0] * 3
+    assert engine.verify(out, samples=None).findings == ()

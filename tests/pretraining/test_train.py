@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from pma import trajectory
 from pma.errors import InputError, Interrupted, UsageError
+from pma.formats import interval_mean
 from pma.pretraining import fork, pretrain
 from pma.trajectory import Phase
 
@@ -178,3 +179,26 @@ def test_a_damaged_run_record_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "run" / "run.json").write_text('{"pma_run": 1}')
     with pytest.raises(InputError, match="damaged"):
         pretrain(tiny_recipe(steps=4), tmp_path / "run")
+
+
+@pytest.mark.parametrize("model", [DENSE, MIXTURE], ids=["dense", "mixture"])
+def test_each_checkpoint_has_the_mean_since_the_last_one(tmp_path: Path, model: dict) -> None:
+    text = [str(tiny_text(tmp_path / "text"))]
+    pretrain(tiny_recipe(model), tmp_path / "whole", text=text)
+    with pytest.raises(Kill):
+        pretrain(tiny_recipe(model), tmp_path / "killed", text=text, progress=kill_at(7))
+    pretrain(tiny_recipe(model), tmp_path / "killed", text=text)
+    for last in (4, 8, 12):
+        path = interval_mean.find(tmp_path / "whole" / f"checkpoint-{last}")
+        record = interval_mean.read_record(path)
+        assert (record.first_step, record.last_step, record.updates) == (last - 3, last, 4)
+        assert record.averaged == "weights"
+        assert load_file(path).keys() == weights(path.parent).keys()
+        again = tmp_path / "killed" / f"checkpoint-{last}" / path.name
+        assert again.read_bytes() == path.read_bytes()
+
+
+def test_interval_means_can_be_left_out(tmp_path: Path) -> None:
+    recipe = tiny_recipe(steps=4, interval_means=False)
+    made = pretrain(recipe, tmp_path / "run", text=[str(tiny_text(tmp_path / "text"))])
+    assert interval_mean.find(made.checkpoint) is None

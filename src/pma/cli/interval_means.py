@@ -14,15 +14,15 @@ _SHOWN = 6
 
 def note_means(description: Mapping[str, Any]) -> None:
     """Say, of a plan, which steps the means it uses leave out; or that there are means it could use."""
-    used, beside, of = (
-        description["interval_means"],
-        description["interval_means_beside"],
-        len(description["sources"]),
-    )
-    if used is None:
-        if beside:
-            note(beside_text(beside, of))
-        return
+    used, beside = description["interval_means"], description["interval_means_beside"]
+    if used is not None:
+        note_gaps(used)
+    elif beside:
+        note(beside_text(beside, len(description["sources"])))
+
+
+def note_gaps(used: Mapping[str, Any]) -> None:
+    """Say which steps between the first and the last are in no mean."""
     gaps = [f"{first}–{last}" if last > first else f"{first}" for first, last in used["gaps"]]
     if gaps:
         more = f" and {len(gaps) - _SHOWN} more" if len(gaps) > _SHOWN else ""

@@ -10,7 +10,7 @@ import typer
 
 from pma import engine, trajectory, verbs
 from pma.cli import options as flags
-from pma.cli.interval_means import beside_text, means_text, note_means, record_text, sources_text
+from pma.cli.interval_means import beside_text, means_text, note_gaps, note_means, record_text, sources_text
 from pma.cli.output import command, note, say, table
 from pma.cli.transfer import cost, sending, show_cost, transfer
 from pma.engine import SNAPSHOTS
@@ -288,7 +288,8 @@ def merge(
     with verbs.plan(chosen, options) as planned:
         for path, reason in planned.left_out:
             note(f"left out: {path}: {reason}")
-        note_means(planned.describe())
+        if planned.options.uses_means:
+            note_gaps(planned.describe()["interval_means"])
         for warning in engine.check_output(planned, out, inside_run=inside_run, staging=staging, fresh=fresh):
             note(f"warning: {warning}")
         roofline = (

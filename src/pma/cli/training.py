@@ -92,6 +92,13 @@ def pretrain(
     skip_tokens: Annotated[
         str | None, typer.Option("--skip-tokens", help="The same in tokens: 300K.")
     ] = None,
+    no_interval_means: Annotated[
+        bool,
+        typer.Option(
+            "--no-interval-means",
+            help="Do not store the mean of all steps since the last checkpoint beside each.",
+        ),
+    ] = False,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
     """Pre-train a recipe at constant learning rate, or anneal a fork of such a run.
@@ -106,7 +113,7 @@ def pretrain(
     Example: pma pretrain --resume-from init --skip-tokens 100K -o again
     """
     if resume_from is not None:
-        if recipe is not None or text or learning_rate is not None or seed is not None:
+        if recipe is not None or text or learning_rate is not None or seed is not None or no_interval_means:
             raise UsageError("a run that goes on keeps recipe, text, rate and seed; leave those out")
         if fork_from is not None or anneal is not None:
             raise UsageError("--resume-from goes on as the run did; --fork-from anneals: say one of them")
@@ -114,7 +121,7 @@ def pretrain(
     elif skip_steps is not None or skip_tokens is not None:
         raise UsageError("--skip-steps and --skip-tokens go with --resume-from; a run skips nothing itself")
     elif fork_from is not None:
-        if recipe is not None or text or learning_rate is not None:
+        if recipe is not None or text or learning_rate is not None or no_interval_means:
             raise UsageError(
                 "a fork keeps the recipe, text and peak rate of its run; leave RECIPE and those flags out"
             )
@@ -126,7 +133,13 @@ def pretrain(
             raise UsageError("--anneal goes with --fork-from: a run itself stays at constant learning rate")
         from pma.pretraining import pretrain as pretrain_recipe
 
-        asked = overridden(recipe, tokens=tokens, learning_rate=learning_rate, seed=seed)
+        asked = overridden(
+            recipe,
+            tokens=tokens,
+            learning_rate=learning_rate,
+            seed=seed,
+            no_interval_means=no_interval_means,
+        )
         with training_bar("pre-training") as bar:
             made = pretrain_recipe(asked, out, text=[str(path) for path in text or ()], progress=bar)
     if not json_output:
@@ -172,7 +185,14 @@ def _steps_to_skip(checkpoint: Path, steps: int | None, tokens: str | None) -> i
     return int(read_record(run_of(checkpoint)).recipe.steps_for(parse_tokens(tokens)))
 
 
-def overridden(name: str, *, tokens: str | None, learning_rate: float | None, seed: int | None) -> Any:
+def overridden(
+    name: str,
+    *,
+    tokens: str | None,
+    learning_rate: float | None,
+    seed: int | None,
+    no_interval_means: bool = False,
+) -> Any:
     """The recipe `name` with what the flags change."""
     from pma.pretraining import load_recipe
 
@@ -181,6 +201,8 @@ def overridden(name: str, *, tokens: str | None, learning_rate: float | None, se
         recipe = replace(recipe, run=replace(recipe.run, tokens=parse_tokens(tokens)))
     if seed is not None:
         recipe = replace(recipe, run=replace(recipe.run, seed=seed))
+    if no_interval_means:
+        recipe = replace(recipe, run=replace(recipe.run, interval_means=False))
     if learning_rate is not None:
         recipe = replace(recipe, optimizer=replace(recipe.optimizer, learning_rate=learning_rate))
     return recipe

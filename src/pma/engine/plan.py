@@ -298,7 +298,7 @@ def _wanted(spec: TensorSpec, options: MergeOptions) -> bool:
 def _from_mean(spec: TensorSpec, options: MergeOptions) -> bool:
     """Whether a tensor of a checkpoint is to be read from its stored mean."""
     not_so = (*options.exclude, *options.copy)
-    averaged = spec.role in _COMPARED and spec.dtype.kind == "float" and _wanted(spec, options)
+    averaged = spec.role in _COMPARED and spec.dtype.kind in ("float", "complex") and _wanted(spec, options)
     return averaged and not any(fnmatchcase(spec.name, pattern) for pattern in not_so)
 
 
@@ -408,7 +408,7 @@ def _policy(spec: TensorSpec, options: MergeOptions, path: Path) -> Policy:
             "nothing "
             "without their scales; dequantise the checkpoints to bf16 first"
         )
-    return Policy.AVERAGE if spec.dtype.kind in ("float", "complex") else Policy.COPY_NEWEST
+    return Policy.AVERAGE if spec.dtype.averaged else Policy.COPY_NEWEST
 
 
 def _output_spec(spec: TensorSpec, policy: Policy, dtype: DType | None) -> TensorSpec:

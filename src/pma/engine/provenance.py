@@ -85,7 +85,8 @@ def heading(plan: Plan) -> dict[str, Any]:
     """
     options = plan.options
     choices = [options.scheme, options.weights, options.exclude, options.copy, options.allow_nonfinite]
-    choices += [options.with_optimizer, options.moments, options.to, options.use]
+    choices += [options.with_optimizer, options.moments, options.to]
+    choices += [options.use] if options.uses_means else []
     files = [(file.name, file.size_bytes) for file in plan.layout.files]
     headers = [data.hex() for file in plan.layout.files for _, data in file.constants]
     sources = [

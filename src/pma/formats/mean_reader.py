@@ -42,16 +42,17 @@ class MeanReader:
         if name not in self._stored:
             return spec
         found = self.mean.tensors[self._stored[name]]
+        dtype = DType.C64 if spec.dtype.kind == "complex" else DType.F32
         for what, stored, expected in (
             ("shape", found.shape, spec.shape),
-            ("dtype", found.dtype.value[0], DType.F32.value[0]),
+            ("dtype", found.dtype.value[0], dtype.value[0]),
         ):
             if stored != expected:
                 raise MismatchError(
                     f"{printable(name)} in {_where(self.path)}: {what} {stored}, expected {expected}; "
                     "this is not the checkpoint's mean"
                 )
-        return replace(spec, dtype=DType.F32)
+        return replace(spec, dtype=dtype)
 
     @property
     def tensors(self) -> Mapping[str, TensorSpec]:
@@ -136,7 +137,7 @@ def _prefix(inner: CheckpointReader, mean: CheckpointReader) -> str:
     say.
     """
     weights = {n for n, spec in inner.tensors.items() if spec.role in (Role.PARAMETER, Role.BUFFER)}
-    some = next(iter(mean.tensors), "")
+    some = max(mean.tensors, key=len, default="")  # few others end like it
     ends = sorted(name for name in weights if name.endswith(f".{some}"))
     for prefix in ("", *(name.removesuffix(some) for name in ends)):
         if all(prefix + name in weights for name in mean.tensors):

@@ -40,7 +40,10 @@ class OptimizerRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecipe:
-    """How long, how often a checkpoint is written, how much a step takes in."""
+    """How long, how often a checkpoint is written, how much a step takes in.
+
+    `interval_means`: store the mean of the weights over all steps since the last checkpoint beside each.
+    """
 
     tokens: int
     checkpoint_every_tokens: int
@@ -49,6 +52,7 @@ class RunRecipe:
     log_every_steps: int = 5
     seed: int = 0
     precision: str = "float32"
+    interval_means: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +160,7 @@ def _filled(kind: type[Part], table: Mapping[str, Any], where: str) -> Part:
         if isinstance(value, str) and hints[name] is int:
             value = parse_tokens(value)
         wanted = (int, float) if hints[name] is float else hints[name]
-        if isinstance(value, bool) or not isinstance(value, wanted):
+        if isinstance(value, bool) != (wanted is bool) or not isinstance(value, wanted):
             raise UsageError(
                 f"recipe {where}: {name} is {value!r}, expected "
                 f"{getattr(hints[name], '__name__', hints[name])}"

@@ -2,7 +2,7 @@
 
 run.json           recipe, text and fork, as asked for
 text/              tokenizer, token ids, validation.txt, held_out.txt
-checkpoint-N/      as the transformers Trainer writes them
+checkpoint-N/      as the transformers Trainer writes them, and the mean since the last one
 tensorboard/       event files
 """
 

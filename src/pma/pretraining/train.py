@@ -156,6 +156,7 @@ def _trainer(out: Path, record: RunRecord, steps: int, newest: Path | None, prog
         from transformers import AutoTokenizer, Trainer, default_data_collator
         from transformers.trainer_callback import PrinterCallback
 
+        from pma.online import RecorderCallback
         from pma.pretraining.callbacks import SaveEveryTokens, ShowProgress
     except ImportError as error:
         raise MissingExtra("pre-training", "train", str(error.name)) from error
@@ -182,6 +183,8 @@ def _trainer(out: Path, record: RunRecord, steps: int, newest: Path | None, prog
         data_collator=default_data_collator,
         callbacks=callbacks,
     )
+    if recipe.run.interval_means:
+        trainer.add_callback(RecorderCallback(trainer))
     trainer.remove_callback(PrinterCallback)  # it prints on stdout, which is for results
     return trainer
 

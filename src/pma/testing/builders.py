@@ -147,7 +147,10 @@ def store_mean(checkpoint: Path, tensors: Mapping[str, Any], **record: Any) -> P
     given = {"first_step": last - 9, "last_step": last, "updates": 10, "every": 1, "averaged": "weights"}
     text = IntervalMean(**{**given, **record}).to_json()
     path = file_of(checkpoint)
-    values = {name: np.array(tensor, np.float32, order="C") for name, tensor in tensors.items()}
+    values = {
+        name: np.array(tensor, np.complex64 if np.iscomplexobj(tensor) else np.float32, order="C")
+        for name, tensor in tensors.items()
+    }
     save_file(values, path, metadata={"format": "pt", METADATA_KEY: text})
     return path
 
