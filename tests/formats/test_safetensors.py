@@ -16,14 +16,22 @@ from safetensors.torch import load_file
 
 from pma import formats
 from pma.errors import FormatError, IncompleteError, InputError
+from pma.formats import hf_trainer, strict_json
 from pma.formats import safetensors as pma_safetensors
 from pma.formats.folder import LocalFolder
 from pma.formats.folder_writer import FolderWriter
 from pma.formats.safetensors import SafetensorsReader, layout_of
-from pma.formats.safetensors_header import LARGEST_HEADER_BYTES, Header, encode_header, read_header
+from pma.formats.safetensors_header import (
+    LARGEST_HEADER_BYTES,
+    MOST_MEMORY_BYTES,
+    Header,
+    encode_header,
+    read_header,
+)
 from pma.testing import Raw, ReaderContract, WriterContract, random_raw, tiny_run
 from pma.testing.builders import write_safetensors
 from pma.testing.contracts import SAMPLE, read_whole
+from pma.testing.refusals import assert_refused
 from pma.types import DType, Layout, TensorSpec
 
 EVERY_TYPE = [
@@ -219,6 +227,38 @@ def test_a_huge_header_is_not_read(tmp_path: Path) -> None:
         file.truncate(8 + LARGEST_HEADER_BYTES + 1)
     with pytest.raises(FormatError, match="header of"):
         header_of(path)
+
+
+MANY = b"[" + b"[]," * 4_000_000 + b"[]]"
+BOMBS: dict[str, tuple[str, bytes]] = {
+    "a header": ("model.safetensors", (len(MANY) + 6).to_bytes(8, "little") + b'{"a":%b}' % MANY),
+    "an index": ("model.safetensors.index.json", b'{"weight_map":%b}' % MANY),
+    "an index of .bin files": ("pytorch_model.bin.index.json", b'{"weight_map":%b}' % MANY),
+    "a million names": (
+        "model.safetensors.index.json",
+        b'{"weight_map":{%b}}' % b",".join(b'"%d":"a.safetensors"' % n for n in range(1_000_000)),
+    ),
+}
+
+
+@pytest.mark.parametrize("trick", BOMBS)
+def test_json_that_grows_in_memory_is_refused(tmp_path: Path, trick: str) -> None:
+    name, content = BOMBS[trick]
+    (tmp_path / name).write_bytes(content)
+    assert_refused(tmp_path, "its JSON would take")
+
+
+def test_a_log_that_grows_in_memory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "trainer_state.json").write_bytes(b'{"log_history":[%b,%b]}' % (MANY, MANY))
+    assert "its JSON would take" in str(hf_trainer.read_meta(tmp_path).incomplete)
+
+
+def test_a_header_of_a_hundred_thousand_tensors_is_believed() -> None:
+    names = [f"model.layers.{n // 1000}.mlp.experts.{n % 1000}.gate_proj.weight" for n in range(100_000)]
+    specs = [TensorSpec(name=name, dtype=DType.BF16, shape=(64, 1024)) for name in names]
+    text = encode_header(specs, {})[8:]
+    assert len(text) < LARGEST_HEADER_BYTES
+    assert len(strict_json.parse_object(text, "header", MOST_MEMORY_BYTES)) == 100_000
 
 
 @pytest.mark.parametrize(

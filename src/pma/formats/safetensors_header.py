@@ -23,7 +23,8 @@ from pma.formats.strict_json import parse_object
 from pma.types import DType, TensorSpec
 
 # the library itself allows 100 MB; a header of 100,000 tensors has about 12
-LARGEST_HEADER_BYTES = 32 * 2**20
+LARGEST_HEADER_BYTES = 16 * 2**20
+MOST_MEMORY_BYTES = 96 * 2**20  # what those tensors take
 _DTYPES = {dtype.value[0]: dtype for dtype in DType}
 _FIRST_READ_BYTES = 2**15
 # the shards of a run's checkpoints have the same headers: each is parsed, checked and held once
@@ -50,8 +51,8 @@ def read_header(folder: Folder, name: str) -> Header:
             f"{path} has {file_bytes} bytes; a safetensors file has at least 8. It was cut short"
         )
     # the length field, and more in the same request: a remote store takes long to answer
-    first = bytearray(min(_FIRST_READ_BYTES, file_bytes))
-    folder.read(name, 0, [memoryview(first)])
+    first = memoryview(bytearray(min(_FIRST_READ_BYTES, file_bytes)))
+    folder.read(name, 0, [first])
     header_bytes = int.from_bytes(first[:8], "little")
     if header_bytes > LARGEST_HEADER_BYTES:
         raise FormatError(
@@ -64,20 +65,21 @@ def read_header(folder: Folder, name: str) -> Header:
             f"{path}: the header should end at byte {8 + header_bytes}, the file at {file_bytes}. It was "
             "cut short"
         )
-    rest = bytearray(max(8 + header_bytes - len(first), 0))
-    folder.read(name, len(first), [memoryview(rest)])
-    text = (first[8:] + rest)[:header_bytes]
+    there = min(header_bytes, len(first) - 8)
+    text = bytearray(header_bytes)
+    text[:there] = first[8 : 8 + there]
+    folder.read(name, len(first), [memoryview(text)[there:]])
     digest = blake3(text).hexdigest()
     header = _parsed.get((digest, file_bytes))
     if header is None:
-        header = _parsed[digest, file_bytes] = _checked(path, bytes(text), file_bytes, digest)
+        header = _parsed[digest, file_bytes] = _checked(path, text, file_bytes, digest)
     return header
 
 
-def _checked(path: Path, text: bytes, file_bytes: int, digest: str) -> Header:
+def _checked(path: Path, text: bytearray, file_bytes: int, digest: str) -> Header:
     if not text.startswith(b"{"):
         raise FormatError(f"{path}: the header does not start with '{{'; this is no safetensors file")
-    entries = parse_object(text, f"{path}: the header")
+    entries = parse_object(text, f"{path}: the header", MOST_MEMORY_BYTES)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError(f"{path}: __metadata__ must map names to strings")
