@@ -377,6 +377,24 @@ def test_shards_without_an_index_are_incomplete(tmp_path: Path) -> None:
         formats.open_checkpoint(folder)
 
 
+@pytest.mark.parametrize("name", ["__metadata__", "\ud800"])
+def test_names_that_a_header_cannot_hold_are_not_written(name: str) -> None:
+    with pytest.raises(FormatError, match="no place for the name"):
+        encode_header([TensorSpec(name=name, dtype=DType.F32, shape=(1,))], {})
+
+
+def test_a_link_to_itself_and_a_name_that_is_too_long(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").symlink_to("model.safetensors.index.json")
+    (tmp_path / "a.safetensors").symlink_to("a.safetensors")
+    with pytest.raises(FormatError, match="symbolic links"):
+        formats.open_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    index = {"weight_map": {"a": "a" * 5000 + ".safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FormatError, match="too long"):
+        formats.open_checkpoint(tmp_path)
+
+
 def test_a_pipe_or_folder_in_place_of_a_shard_does_not_hang(tmp_path: Path) -> None:
     import os
 

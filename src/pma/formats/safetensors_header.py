@@ -150,11 +150,16 @@ def _naturals(value: object) -> bool:
 
 def encode_header(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
     """Length field and header for `tensors` stored one after the other, padded so that the data are 8-byte
-    aligned.
+    aligned. Raises FormatError for a name that other formats can hold and this one cannot.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for spec in tensors:
+        if not _encodable(spec.name) or spec.name == "__metadata__":
+            raise FormatError(
+                f"a safetensors file has no place for the name {printable(spec.name)!r}; leave it out with "
+                "--exclude"
+            )
         stop = position + spec.length_bytes
         entries[spec.name] = {
             "dtype": spec.dtype.value[0],
