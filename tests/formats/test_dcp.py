@@ -15,6 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from pma import engine, formats, trajectory
 from pma.engine import MergeOptions
@@ -312,6 +313,23 @@ def test_tells_weights_moments_and_the_rest(runs: Path, name: str) -> None:
     assert len(moments) == 42
     assert {spec.parameter for spec in moments} == {n for n in weights if not n.endswith("freqs")}
     assert all(spec.name.endswith(("exp_avg", "exp_avg_sq")) for spec in moments)
+
+
+@pytest.mark.parametrize("key", ["optimizer_0", "optimizer_state_dict", "opt"])
+def test_an_optimizer_is_told_by_any_name(tmp_path: Path, key: str) -> None:
+    """Lightning's sharded checkpoints have `model` and `optimizer_0`."""
+    model = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.25)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    weights, moments = get_state_dict(model, optimizer)
+    path = tmp_path / "epoch=0-step=7.ckpt"
+    dcp.save({"model": weights, key: moments}, checkpoint_id=path, no_dist=True)
+    with closing(formats.open_checkpoint(path)) as reader:
+        found = {name for name, spec in reader.tensors.items() if spec.role is Role.PARAMETER}
+    assert found == {"model.weight", "model.bias"}
+    assert formats.read_meta(path).step == 7
+    assert formats.read_meta(path).learning_rate == (None if key == "opt" else 0.25)
 
 
 def test_sources_alike_have_one_layout_digest(runs: Path) -> None:

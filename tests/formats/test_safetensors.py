@@ -17,11 +17,17 @@ from safetensors.torch import load_file
 
 from pma import formats
 from pma.errors import FormatError, IncompleteError, InputError
+from pma.formats import hf_trainer
 from pma.formats import safetensors as pma_safetensors
 from pma.formats.folder import LocalFolder
 from pma.formats.folder_writer import FolderWriter
 from pma.formats.safetensors import SafetensorsReader, layout_of
-from pma.formats.safetensors_header import LARGEST_HEADER_BYTES, Header, encode_header, read_header
+from pma.formats.safetensors_header import (
+    LARGEST_HEADER_BYTES,
+    Header,
+    encode_header,
+    read_header,
+)
 from pma.testing import Raw, ReaderContract, WriterContract, random_raw, tiny_run
 from pma.testing.builders import write_safetensors
 from pma.testing.contracts import SAMPLE, read_whole
@@ -223,6 +229,29 @@ def test_a_huge_header_is_not_read(tmp_path: Path) -> None:
         header_of(path)
 
 
+MANY = b"[" + b"[]," * 4_000_000 + b"[]]"
+INDEXES: dict[str, tuple[str, bytes]] = {
+    "an index": ("model.safetensors.index.json", b'{"weight_map":%b}' % MANY),
+    "an index of .bin files": ("pytorch_model.bin.index.json", b'{"weight_map":%b}' % MANY),
+    "a million names": (
+        "model.safetensors.index.json",
+        b'{"weight_map":{%b}}' % b",".join(b'"%d":"a.safetensors"' % n for n in range(1_000_000)),
+    ),
+}
+
+
+@pytest.mark.parametrize("trick", INDEXES)
+def test_json_that_grows_in_memory_is_refused(tmp_path: Path, trick: str) -> None:
+    name, content = INDEXES[trick]
+    (tmp_path / name).write_bytes(content)
+    assert_refused(tmp_path, "its JSON would take")
+
+
+def test_a_log_that_grows_in_memory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "trainer_state.json").write_bytes(b'{"log_history":[%b,%b]}' % (MANY, MANY))
+    assert "its JSON would take" in str(hf_trainer.read_meta(tmp_path).incomplete)
+
+
 @pytest.mark.parametrize(
     "raw",
     [
@@ -243,7 +272,7 @@ def test_a_header_that_is_not_a_json_object_is_refused(tmp_path: Path, raw: byte
 
 SPACE = LARGEST_HEADER_BYTES - 100
 BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
-    "as many names as a header has room for": (lambda: _names(240_000), "more names and values"),
+    "as many names as a header has room for": (lambda: _names(230_000), "more names and values"),
     "as many names as are read, and a lie": (
         lambda: _names(50_000) + b',"a":{"dtype":"F99","shape":[],"data_offsets":[0,0]}}',
         "F99",
@@ -375,6 +404,24 @@ def test_shards_without_an_index_are_incomplete(tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").unlink()
     with pytest.raises(IncompleteError, match="written last"):
         formats.open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "\ud800"])
+def test_names_that_a_header_cannot_hold_are_not_written(name: str) -> None:
+    with pytest.raises(FormatError, match="no place for the name"):
+        encode_header([TensorSpec(name=name, dtype=DType.F32, shape=(1,))], {})
+
+
+def test_a_link_to_itself_and_a_name_that_is_too_long(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").symlink_to("model.safetensors.index.json")
+    (tmp_path / "a.safetensors").symlink_to("a.safetensors")
+    with pytest.raises(FormatError, match="symbolic links"):
+        formats.open_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    index = {"weight_map": {"a": "a" * 5000 + ".safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FormatError, match="too long"):
+        formats.open_checkpoint(tmp_path)
 
 
 def test_a_pipe_or_folder_in_place_of_a_shard_does_not_hang(tmp_path: Path) -> None:

@@ -115,6 +115,17 @@ def test_whole_modules_are_refused_by_name(tmp_path: Path) -> None:
         read(tmp_path / "a.pt")
 
 
+@pytest.mark.parametrize(
+    "tensor", [torch.ones(3, dtype=torch.complex64).conj(), torch.ones(1, dtype=torch.complex64).conj().imag]
+)
+def test_values_that_are_not_what_is_stored_are_refused(tensor: torch.Tensor, tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2), "b": tensor}, tmp_path / "a.pt")
+    with pytest.raises(FormatError, match="conjugated or negated"):
+        read(tmp_path / "a.pt")
+    torch.save({"b": tensor.resolve_conj().resolve_neg().contiguous()}, tmp_path / "a.pt")
+    assert read(tmp_path / "a.pt")["b"].shape == tensor.shape
+
+
 def test_old_files_are_refused_with_the_command_that_converts_them(tmp_path: Path) -> None:
     path = tmp_path / "old.pt"
     torch.save({"a": torch.ones(3)}, path, _use_new_zipfile_serialization=False)

@@ -178,7 +178,7 @@ def load(out: Path) -> dict[str, Any]:
     path = out / RECORD_FILE
     if not path.is_file():
         raise FormatError(f"{out} holds no {RECORD_FILE}; expected a folder that `pma merge` wrote")
-    value = strict_json.load_object(path, _LARGEST_RECORD_BYTES)
+    value = strict_json.load_object(path, _LARGEST_RECORD_BYTES, 2 * _LARGEST_RECORD_BYTES)
     if value.get("pma_record") != RECORD_VERSION:
         found = printable(str(value.get("pma_record")))
         raise FormatError(f"{path}: record version {found}, expected {RECORD_VERSION}")

@@ -130,17 +130,21 @@ MEGATRON = Profile(
 )
 #: a stored mean (`interval_mean`) holds nothing but weights
 WEIGHTS_ALONE = Profile(name="interval mean", training=_NEVER, optimizer=_NEVER, opaque=_NEVER)
+# Lightning numbers its optimizers; the others are habits of people
+_OPTIMIZERS = r"optim(?:izer)?s?(?:_\d+|_states?(?:_dict)?)?"
 _TRAINING_KEYS = (
-    r"(optim|optimizer|optimizers|optimizer_state|lr_scheduler|lr_schedulers|scheduler|schedulers|dataloader|"
-    r"data_loader|train_state|trainer|rng|rng_state|step|epoch|global_step)(\.|$)"
+    rf"({_OPTIMIZERS}|lr_scheduler|lr_schedulers|scheduler|schedulers|dataloader|"
+    r"data_loader|train_state|trainer|rng|rng_state|step|epoch|global_step)(\.|$)|"
+    # whatever an optimizer is called: its moments are no weights; in linear time, names are not trusted
+    r"(?=.*\.state\.).+\.(exp_avg|exp_avg_sq|max_exp_avg_sq|momentum_buffer|step)$"
 )
 PLAIN = Profile(
     name="plain",
     training=re.compile(_TRAINING_KEYS),
-    optimizer=_optimizer("(?:optim|optimizer)"),
+    optimizer=_optimizer(_OPTIMIZERS),
     opaque=_EXTRA_STATE,
     step=("step", "train_state.step", "trainer.step", "global_step"),
-    learning_rate=_rates("(?:lr_)?scheduler", "(?:optim|optimizer)"),
+    learning_rate=_rates("(?:lr_)?scheduler", _OPTIMIZERS),
 )
 
 
@@ -148,7 +152,7 @@ def _nested(outer: str) -> Profile:
     """A dictionary with `model` and `optimizer` in it, perhaps in another one, as torch's tutorial makes
     it.
     """
-    optimizer = rf"{re.escape(outer)}(?:optim|optimizer)"
+    optimizer = re.escape(outer) + _OPTIMIZERS
     return Profile(
         name="plain",
         weights=f"{outer}model.",

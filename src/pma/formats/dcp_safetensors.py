@@ -23,7 +23,7 @@ from pma.formats.dcp_boxes import check_cover
 from pma.formats.folder import open_folder
 from pma.formats.reader import FileReader
 from pma.formats.safetensors_header import read_header
-from pma.formats.strict_json import parse_object
+from pma.formats.strict_json import parse_object, refuse_above
 from pma.types import CheckpointMeta, DType, Fragment, Layout, TensorSpec
 
 FORMAT = "dcp-safetensors"
@@ -121,11 +121,9 @@ def _starts(metadata: Mapping[str, str], where: str) -> Mapping[str, Any]:
         raise FormatError(
             f"{where}: {_SHARDING_KEY} is missing, so it cannot be told where its pieces belong"
         )
-    return parse_object(
-        text.encode("utf-8", "surrogatepass"),
-        f"{where}: {_SHARDING_KEY}",
-        budget_bytes=_SHARDING_BUDGET_BYTES,
-    )
+    data = text.encode("utf-8", "surrogatepass")
+    refuse_above(_SHARDING_BUDGET_BYTES, data, f"{where}: {_SHARDING_KEY}")
+    return parse_object(data, f"{where}: {_SHARDING_KEY}")
 
 
 def _start(starts: Mapping[str, Any], spec: TensorSpec, where: str) -> tuple[int, ...]:

@@ -96,6 +96,8 @@ class LocalFolder:
             found = os.stat(self.path / name)
         except FileNotFoundError as error:
             raise IncompleteError(f"{self.path / name} does not exist (any more)") from error
+        except OSError as error:  # a link to itself, a name too long
+            raise FormatError(f"{self.path / name} cannot be opened: {error.strerror}") from error
         if not stat.S_ISREG(found.st_mode):
             raise FormatError(f"{self.path / name} is not a regular file")
         return found.st_size, found.st_mtime_ns

@@ -21,6 +21,7 @@ _TRAINING_FILES = re.compile(
     r"(optimizer|scheduler|scaler)(_\d+)?\.(pt|bin)|rng_state(_\d+)?\.pth|random_states_\d+\.pkl", re.ASCII
 )
 _LARGEST_STATE_BYTES = 256 * 2**20
+_MOST_MEMORY_BYTES = 768 * 2**20  # of a log with an entry for each of a million steps
 
 
 def read_meta(folder: Path) -> CheckpointMeta:
@@ -40,7 +41,7 @@ def read_meta(folder: Path) -> CheckpointMeta:
             )
         return CheckpointMeta(incomplete=incomplete)
     try:
-        state = load_object(path, _LARGEST_STATE_BYTES)
+        state = load_object(path, _LARGEST_STATE_BYTES, _MOST_MEMORY_BYTES)
     except FormatError as error:
         return CheckpointMeta(incomplete=f"{STATE_FILE} is being written, or damaged ({error})")
     step = _count(state.get("global_step"))

@@ -21,7 +21,7 @@ from pma.types import CheckpointMeta, Fragment, Layout, OutputFile, TensorSpec
 FORMAT = "safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-_LARGEST_INDEX_BYTES = 64 * 2**20
+_LARGEST_INDEX_BYTES = 32 * 2**20
 # as large as transformers makes them
 _SHARD_BYTES = 5 * 10**9
 CHECKPOINT_NAME = hf_trainer.TRAINER_FOLDER

@@ -19,7 +19,7 @@ from blake3 import blake3
 
 from pma.errors import FormatError, IncompleteError, printable
 from pma.formats.folder import Folder
-from pma.formats.strict_json import parse_object
+from pma.formats.strict_json import parse_object, refuse_above
 from pma.types import DType, TensorSpec
 
 # the library itself allows 100 MB; a header of 10,000 tensors has about one
@@ -52,8 +52,8 @@ def read_header(folder: Folder, name: str) -> Header:
             f"{path} has {file_bytes} bytes; a safetensors file has at least 8. It was cut short"
         )
     # the length field, and more in the same request: a remote store takes long to answer
-    first = bytearray(min(_FIRST_READ_BYTES, file_bytes))
-    folder.read(name, 0, [memoryview(first)])
+    first = memoryview(bytearray(min(_FIRST_READ_BYTES, file_bytes)))
+    folder.read(name, 0, [first])
     header_bytes = int.from_bytes(first[:8], "little")
     if header_bytes > LARGEST_HEADER_BYTES:
         raise FormatError(
@@ -66,9 +66,10 @@ def read_header(folder: Folder, name: str) -> Header:
             f"{path}: the header should end at byte {8 + header_bytes}, the file at {file_bytes}. It was "
             "cut short"
         )
-    text = first[8 : 8 + header_bytes]
-    text.extend(bytes(header_bytes - len(text)))
-    folder.read(name, len(first), [memoryview(text)[max(0, len(first) - 8) :]])
+    there = min(header_bytes, len(first) - 8)
+    text = bytearray(header_bytes)
+    text[:there] = first[8 : 8 + there]
+    folder.read(name, len(first), [memoryview(text)[there:]])
     digest = blake3(text).hexdigest()
     header = _parsed.get((digest, file_bytes))
     if header is None:
@@ -79,7 +80,9 @@ def read_header(folder: Folder, name: str) -> Header:
 def _checked(path: Path, text: bytearray, file_bytes: int, digest: str) -> Header:
     if not text.startswith(b"{"):
         raise FormatError(f"{path}: the header does not start with '{{'; this is no safetensors file")
-    entries = parse_object(text, f"{path}: the header", budget_bytes=_HEADER_BUDGET_BYTES)
+    where = f"{path}: the header"
+    refuse_above(_HEADER_BUDGET_BYTES, text, where)
+    entries = parse_object(text, where)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError(f"{path}: __metadata__ must map names to strings")
@@ -150,11 +153,16 @@ def _naturals(value: object) -> bool:
 
 def encode_header(tensors: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
     """Length field and header for `tensors` stored one after the other, padded so that the data are 8-byte
-    aligned.
+    aligned. Raises FormatError for a name that other formats can hold and this one cannot.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for spec in tensors:
+        if not _encodable(spec.name) or spec.name == "__metadata__":
+            raise FormatError(
+                f"a safetensors file has no place for the name {printable(spec.name)!r}; leave it out with "
+                "--exclude"
+            )
         stop = position + spec.length_bytes
         entries[spec.name] = {
             "dtype": spec.dtype.value[0],

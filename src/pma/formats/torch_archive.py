@@ -262,17 +262,43 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < _LARGEST_COUNT
 
 
+def _check_as_stored(metadata: Any) -> None:
+    """Torch negates or conjugates some tensors only when they are used: what is stored is not their value."""
+    if metadata is not None and not (isinstance(metadata, dict) and not any(metadata.values())):
+        raise FormatError(
+            "a tensor is to be conjugated or negated as it is loaded, which is not done here; save it again "
+            "with .resolve_conj().resolve_neg()"
+        )
+
+
 def _tensor_v2(
-    storage: Any, first: Any, size: Any, stride: Any, requires_grad: Any = False, *_: Any
+    storage: Any,
+    first: Any,
+    size: Any,
+    stride: Any,
+    requires_grad: Any = False,
+    _: Any = None,
+    metadata: Any = None,
+    *__: Any,
 ) -> StoredTensor:
+    _check_as_stored(metadata)
     if not isinstance(storage, _Storage) or storage.dtype is None:
         raise FormatError("a tensor has no storage of a type that is known")
     return _tensor(storage, storage.dtype, first, size, stride, requires_grad)
 
 
 def _tensor_v3(
-    storage: Any, first: Any, size: Any, stride: Any, requires_grad: Any, _: Any, dtype: Any, *__: Any
+    storage: Any,
+    first: Any,
+    size: Any,
+    stride: Any,
+    requires_grad: Any,
+    _: Any,
+    dtype: Any,
+    metadata: Any = None,
+    *__: Any,
 ) -> StoredTensor:
+    _check_as_stored(metadata)
     if not isinstance(storage, _Storage) or not isinstance(dtype, TorchDType):
         raise FormatError("a tensor has no storage of a type that is known")
     return _tensor(storage, dtype.dtype, first, size, stride, requires_grad)

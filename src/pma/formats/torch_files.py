@@ -57,7 +57,7 @@ _OTHERS = re.compile(
 )
 _LITGPT_SIDE_FILES = ("model_config.yaml", "hyperparameters.yaml")
 _LARGEST_SIDE_BYTES = 2**20
-_LARGEST_INDEX_BYTES = 64 * 2**20
+_LARGEST_INDEX_BYTES = 32 * 2**20
 
 
 def detect(path: Path) -> bool:
