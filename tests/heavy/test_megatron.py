@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from contextlib import closing
@@ -139,6 +140,36 @@ def test_what_the_marker_does_not_reach_yet_is_not_complete(run: Path, tmp_path:
     found = trajectory.discover([copy])
     assert [point.step for point in found.points] == [10, 20]
     assert "still names iteration 20" in found.left_out[0][1]
+
+
+class Runs:
+    """Something whose pickle runs a command."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (self.command,)
+
+
+def test_a_common_state_that_runs_something_is_not_run(run: Path, tmp_path: Path) -> None:
+    """It is named, nothing of it is known, and the weights can be merged all the same."""
+    copy = shutil.copytree(run / "iter_0000010", tmp_path / "run/iter_0000010")
+    torch.save({"iteration": 10, "args": Runs(f"touch {tmp_path / 'canary'}")}, copy / "common.pt")
+    meta = formats.read_meta(copy)
+    assert (meta.step, meta.tokens) == (10, None)
+    assert "posix.system" in str(meta.tokens_source)
+    assert "common.pt" in str(meta.tokens_source)
+    merged([copy, run / "iter_0000020"], tmp_path / "out")
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("text", ['{"sharded_backend": ' + "[" * 100_000, "[]", "", "\x80pickle"])
+def test_a_config_that_is_no_record(run: Path, tmp_path: Path, text: str) -> None:
+    copy = shutil.copytree(run / "iter_0000010", tmp_path / "iter_0000010")
+    (copy / "metadata.json").write_text(text)
+    with pytest.raises(FormatError, match=r"metadata\.json"):
+        megatron.open_reader(copy)
 
 
 @pytest.mark.parametrize("text", ["../../etc", "20/..", "-1", "", "9" * 40])

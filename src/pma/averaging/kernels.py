@@ -4,7 +4,7 @@ All are compiled without fast-math. bfloat16 is its 16 bits as uint16. They stan
 compiler keeps its results by file: a loop is compiled again only when its own file changes.
 """
 
-# B elements in a tile, N sources, K merges
+# B elements in a tile, N sources, K merges, C cuts
 
 from __future__ import annotations
 
@@ -165,9 +165,38 @@ def read_runs(descriptor: int, offsets_R: Any, places_R: Any, lengths_R: Any, ou
 
 
 @_compiled
-def read_and_average(
+def read_tile(
     descriptors_N: Any,
     offsets_N: Any,
+    low: int,
+    size: int,
+    members_KN: Any,
+    weights_KN: Any,
+    rows: Any,
+    sums_KB: Any,
+    stop: Any,
+) -> int:
+    """Read `size` elements of each source, `low` of them after its byte offset, and add them up."""
+    width, at_once = rows.itemsize, rows.shape[0]
+    wanted = size * width
+    for n in range(0, len(descriptors_N), at_once):
+        several = min(at_once, len(descriptors_N) - n)
+        for r in range(several):
+            if stop[0]:
+                return STOPPED
+            offset = offsets_N[n + r] + low * width
+            if _pread(descriptors_N[n + r], rows[r].ctypes, np.uint64(wanted), np.int64(offset)) != wanted:
+                return READ_FAILED  # the caller reads again and finds out why
+        for k in range(len(sums_KB)):
+            add_some(sums_KB[k][:size], rows, several, members_KN[k][n:], weights_KN[k][n:])
+    return DONE
+
+
+@_compiled
+def read_and_average(
+    descriptors_CN: Any,
+    offsets_CN: Any,
+    counts_C: Any,
     members_KN: Any,
     weights_KN: Any,
     divisors_K: Any,
@@ -176,34 +205,26 @@ def read_and_average(
     outs: Any,
     places_K: Any,
     start: int,
-    count: int,
     stop: Any,
 ) -> int:
-    """Elements `start` … `start + count` of the merges `places_K` of `outs`, tile by tile.
+    """Elements from `start` on of the merges `places_K` of `outs`, cut by cut of `counts_C` elements, tile by
+    tile.
 
-    Each source lies in one piece, from its byte offset in an open file, and is read once, by requests of one
-    row of `rows`. No interpreter runs in between: hence faster than reading from Python.
+    A cut lies in one piece in each source, from its byte offset in an open file, and is read once, by
+    requests of one row of `rows`. No interpreter runs in between: hence faster than reading from Python.
     """
-    width, at_once, tile = rows.itemsize, rows.shape[0], rows.shape[1]
     outcome = DONE
-    for low in range(0, count, tile):
-        size = min(tile, count - low)
-        for n in range(0, len(descriptors_N), at_once):
-            several = min(at_once, len(descriptors_N) - n)
-            for r in range(several):
-                if stop[0]:
-                    return STOPPED
-                wanted = size * width
-                offset = offsets_N[n + r] + low * width
-                if (
-                    _pread(descriptors_N[n + r], rows[r].ctypes, np.uint64(wanted), np.int64(offset))
-                    != wanted
-                ):
-                    return READ_FAILED  # the caller reads again and finds out why
+    for c in range(len(counts_C)):
+        for low in range(0, counts_C[c], rows.shape[1]):
+            size = min(rows.shape[1], counts_C[c] - low)
+            read: int = read_tile(
+                descriptors_CN[c], offsets_CN[c], low, size, members_KN, weights_KN, rows, sums_KB, stop
+            )
+            if read != DONE:
+                return read
             for k in range(len(places_K)):
-                add_some(sums_KB[k][:size], rows, several, members_KN[k][n:], weights_KN[k][n:])
-        for k in range(len(places_K)):
-            out = outs[places_K[k]][start + low : start + low + size]
-            if not divide_and_cast(sums_KB[k][:size], out, divisors_K[k]):
-                outcome = NOT_FINITE
+                out = outs[places_K[k]][start + low : start + low + size]
+                if not divide_and_cast(sums_KB[k][:size], out, divisors_K[k]):
+                    outcome = NOT_FINITE
+        start += counts_C[c]
     return outcome

@@ -2,7 +2,7 @@
 accumulator in checkpoint order, divide once, cast once.
 """
 
-# N checkpoints, K merges, B elements of a tile
+# N checkpoints, K merges, B elements of a tile, C cuts of a span
 
 from __future__ import annotations
 
@@ -36,13 +36,16 @@ from pma.engine.stopping import StopFlag
 from pma.engine.work import Recipe
 from pma.errors import InputError, Interrupted, NonfiniteError, printable
 from pma.formats.contracts import CheckpointReader, requests_for
-from pma.formats.runs import whole_box
+from pma.formats.runs import Integers, whole_box
 from pma.types import DType
 
 Buffer = NDArray[Any]
+_Where = tuple[Integers, list[tuple[int, int, str, int, int]]]
 
 # sources that the compiled loop holds open at once; systems allow a process 1024 files or fewer
 _MOST_OPEN = 64
+# parts of a file this far apart are opened as one
+_NEAR_BYTES = 2**20
 # pieces of a block that are worth a call of the compiled loop each
 _MOST_CUTS = 64
 
@@ -123,52 +126,63 @@ class BlockWorker:
             return False
         readers = [self._readers[number] for number in needed]
         segments = Segments(span)
+        # sources that are sharded in other ways: from cut to cut the span lies in one piece in all of them
         cuts = segments.cuts(readers)
         if len(cuts) > _MOST_CUTS:
             return False
-        # sources that are sharded in other ways: from cut to cut the span lies in one piece in all of them
-        for start, stop in pairwise(cuts):
-            with ExitStack() as opened:
-                places = _places(segments, readers, start, stop, opened)
-                if places is None or not self._average_pieces(span, wanted, needed, places, start, stop):
-                    return False
+        parts = [cuts]
+        while parts:
+            cuts = parts.pop()
+            alike = {reader.layout_digest: reader for reader in readers}
+            found = {digest: _where(segments, reader, cuts) for digest, reader in alike.items()}
+            where = [found[reader.layout_digest] for reader in readers]
+            if len(cuts) > 2 and sum(len(runs) for _, runs in where) > _MOST_OPEN:
+                middle = len(cuts) // 2
+                parts += [cuts[middle:], cuts[: middle + 1]]
+            elif not self._average_cuts(span, wanted, needed, where, cuts):
+                return False
         return True
 
-    def _average_pieces(
+    def _average_cuts(
         self,
         span: Span,
         wanted: Sequence[int],
         needed: Sequence[int],
-        places: Sequence[tuple[int, int]],
-        start: int,
-        stop: int,
+        where: Sequence[_Where],
+        cuts: Integers,
     ) -> bool:
-        """Bytes `start` to `stop` of the span as the sources have it, from (descriptor, byte offset) in
-        each.
-        """
+        """The span's bytes from the first of `cuts` to the last, from `where` they lie in each source."""
         width = span.dtype_in.bits // 8
         wide = accumulator_dtype(span.dtype_in)
         members_KN, weights_KN = _members([self._recipes[k] for k in wanted], needed, wide)
         per_element = 2 if span.dtype_in is DType.C64 else 1
-        outcome = read_and_average(
-            np.array([descriptor for descriptor, _ in places], np.int32),
-            np.array([offset for _, offset in places], np.int64),
-            members_KN,
-            weights_KN,
-            np.array([self._recipes[k].divisor or 1 for k in wanted], wide),
-            self._rows.view(STORAGE[span.dtype_in]),
-            self._sums.view(wide),
-            self._outs.view(STORAGE[span.dtype_out]),
-            np.array(wanted, np.int64),
-            (span.block_offset * 8 // span.dtype_out.bits + start // width) * per_element,
-            (stop - start) // width * per_element,
-            self._stop.memory,
-        )
+        descriptors_NC = np.empty((len(needed), len(cuts) - 1), np.int32)
+        with ExitStack() as opened:
+            for row_C, number, (_, runs) in zip(descriptors_NC, needed, where, strict=True):
+                for first, last, file, offset_bytes, length_bytes in runs:
+                    descriptor = self._readers[number].descriptor(file, offset_bytes, length_bytes)
+                    if descriptor is None:
+                        return False
+                    row_C[first:last] = opened.enter_context(descriptor)
+            outcome = read_and_average(
+                np.ascontiguousarray(descriptors_NC.T),
+                np.stack([offset_C for offset_C, _ in where], axis=1),
+                np.diff(cuts) // width * per_element,
+                members_KN,
+                weights_KN,
+                np.array([self._recipes[k].divisor or 1 for k in wanted], wide),
+                self._rows.view(STORAGE[span.dtype_in]),
+                self._sums[: len(wanted)].view(wide),
+                self._outs.view(STORAGE[span.dtype_out]),
+                np.array(wanted, np.int64),
+                (span.block_offset * 8 // span.dtype_out.bits + int(cuts[0]) // width) * per_element,
+                self._stop.memory,
+            )
         if outcome == STOPPED:
             raise Interrupted("stopped")
         if outcome == NOT_FINITE and not self._allow_nonfinite:
             return False  # slowly, and it will say where
-        self.bytes_read += (stop - start) * len(needed) if outcome != READ_FAILED else 0
+        self.bytes_read += int(cuts[-1] - cuts[0]) * len(needed) if outcome != READ_FAILED else 0
         return bool(outcome != READ_FAILED)
 
     def _average(self, block: Block, index: int, wanted: Sequence[int]) -> None:
@@ -253,20 +267,19 @@ def _gathered(segments: Segments, reader: CheckpointReader, start: int, into: Bu
     return True
 
 
-def _places(
-    segments: Segments, readers: Sequence[CheckpointReader], start: int, stop: int, opened: ExitStack
-) -> list[tuple[int, int]] | None:
-    """Descriptor and byte offset in each source of bytes `start` to `stop` of a span; None where one is not
-    local.
+def _where(segments: Segments, reader: CheckpointReader, cuts: Integers) -> _Where:
+    """Byte offset in a source of each cut of a span, and the parts of files that hold them: (first cut, cut
+    after the last, file, byte offset, length). Near cuts of a file are one part.
     """
-    places = []
-    for reader in readers:
-        file, offset_bytes = segments.place(reader, start)
-        descriptor = reader.descriptor(file, offset_bytes, stop - start)
-        if descriptor is None:
-            return None
-        places.append((opened.enter_context(descriptor), offset_bytes))
-    return places
+    files, file_C, offset_C = segments.places(reader, cuts[:-1])
+    end_C = offset_C + np.diff(cuts)
+    far_C = (file_C[1:] != file_C[:-1]) | (np.abs(offset_C[1:] - end_C[:-1]) > _NEAR_BYTES)
+    edges = [0, *(np.flatnonzero(far_C) + 1).tolist(), len(offset_C)]
+    runs = []
+    for first, last in pairwise(edges):
+        low, high = int(offset_C[first:last].min()), int(end_C[first:last].max())
+        runs.append((first, last, files[file_C[first]], low, high - low))
+    return offset_C, runs
 
 
 def load_kernels(types: Iterable[tuple[DType, DType]]) -> None:
@@ -279,7 +292,8 @@ def load_kernels(types: Iterable[tuple[DType, DType]]) -> None:
         if DType.F16 not in (dtype_in, dtype_out):
             wide = accumulator_dtype(dtype_in)
             read_and_average(
-                none.astype(np.int32),
+                np.empty((0, 0), np.int32),
+                np.empty((0, 0), np.int64),
                 none,
                 np.empty((0, 0), np.uint8),
                 np.empty((0, 0), wide),
@@ -288,7 +302,6 @@ def load_kernels(types: Iterable[tuple[DType, DType]]) -> None:
                 np.empty((0, 8), wide),
                 np.empty((0, 8), STORAGE[dtype_out]),
                 none,
-                0,
                 0,
                 StopFlag().memory,
             )

@@ -36,16 +36,21 @@ class Segments:
         self._span = span
         self._known: dict[str, _Segments] = {}
 
-    def cuts(self, readers: Sequence[CheckpointReader]) -> list[int]:
-        """Bytes of the span at which a segment of any of the sources begins, and its end."""
-        starts = {int(start) for reader in readers for start in self._of(reader).start_R}
-        return sorted(starts | {0, self._span.length_in_bytes})
+    def cuts(self, readers: Sequence[CheckpointReader]) -> Integers:
+        """Bytes of the span at which a segment of any of the sources begins, and its end; ascending."""
+        alike = {reader.layout_digest: reader for reader in readers}.values()
+        starts = [self._of(reader).start_R for reader in alike]
+        return np.unique(np.concatenate([*starts, [0, self._span.length_in_bytes]]))
 
-    def place(self, reader: CheckpointReader, start: int) -> tuple[str, int]:
-        """File and byte offset in a source of the span's byte `start`."""
+    def places(
+        self, reader: CheckpointReader, starts_C: Integers
+    ) -> tuple[tuple[str, ...], Integers, Integers]:
+        """Where in a source the span's bytes from each of `starts_C` lie: files, number of the file, byte
+        offset.
+        """
         found = self._of(reader)
-        r = int(np.searchsorted(found.start_R, start, side="right")) - 1
-        return found.files[found.file_R[r]], int(found.offset_R[r] + start - found.start_R[r])
+        r_C = np.searchsorted(found.start_R, starts_C, side="right") - 1
+        return found.files, found.file_R[r_C], found.offset_R[r_C] + starts_C - found.start_R[r_C]
 
     def requests(
         self, reader: CheckpointReader, start: int, stop: int, into: memoryview
