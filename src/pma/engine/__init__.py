@@ -5,7 +5,8 @@ from pma.engine.delivery import built_at, check_output, write
 from pma.engine.means import SNAPSHOTS, stored_beside
 from pma.engine.means import located as located_means
 from pma.engine.memory import average
-from pma.engine.plan import MergeOptions, Plan, is_mixture_of_experts, parameter_count, plan
+from pma.engine.plan import MergeOptions, Plan, is_mixture_of_experts, parameter_count
+from pma.engine.planning import plan
 from pma.engine.roofline import Roofline, measure_roofline
 from pma.engine.sweep import bytes_to_read_by, passes, sweep_digests, sweep_in_memory, sweep_to_folders
 from pma.engine.verify import Verification, verify

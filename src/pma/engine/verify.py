@@ -16,7 +16,8 @@ from pma import conversion, formats
 from pma.engine import provenance
 from pma.engine.blocks import Block
 from pma.engine.means import SNAPSHOTS
-from pma.engine.plan import MergeOptions, Plan, plan
+from pma.engine.plan import MergeOptions, Plan
+from pma.engine.planning import plan
 from pma.engine.read_ahead import ReadAhead
 from pma.engine.stopping import StopFlag
 from pma.engine.work import work_of
