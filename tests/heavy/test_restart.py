@@ -1,10 +1,11 @@
-"""Lightning, DeepSpeed and megatron-core go on from what `pma init` writes: what they load is what the mode
+"""Lightning, DeepSpeed, megatron-core and torchtitan go on from what `pma init` writes: what they load is what the mode
 says, the first loss is the merge's, the rate that of the step.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from pma import formats, trajectory, verbs
 from pma.errors import UsageError
 from pma.formats.deepspeed_layout import moment_name
-from pma.testing.distributed import torchrun
+from pma.testing.distributed import flattened, load_dcp, torchrun
 from pma.trajectory import Window
 from pma.verbs import Choice
 
@@ -226,3 +227,49 @@ def test_megatron_starts_another_stage(megatron: Path, tmp_path: Path) -> None:
     assert "--finetune" in made.resume_command
     with closing(formats.open_checkpoint(tmp_path / "out")) as reader:
         assert not any(name.startswith("optimizer") for name in reader.tensors)
+
+
+# ---- torchtitan ----
+
+
+@pytest.fixture(scope="module")
+def titan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run by torchtitan's own checkpointer, saved every second step, and gone on from each mode by it."""
+    if find_spec("torchtitan") is None:
+        pytest.skip("torchtitan is not installed")
+    folder = tmp_path_factory.mktemp("titan")
+    program = Path(__file__).with_name("titan_run.py")
+    torchrun(program, 2, folder, folder / "run")
+    outs = [init(folder / "run" / "checkpoint", folder / mode, mode, before=7).path for mode in MODES]
+    torchrun(program, 2, folder, folder / "resumed", *outs)
+    return folder
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_torchtitan_goes_on(titan: Path, mode: str) -> None:
+    whole, told = (json.loads((titan / f"{name}.json").read_text()) for name in ("run", mode))
+    assert told["from"] == 6
+    assert told["rates"] == {step: whole["rates"][step] for step in ("7", "8")}
+    assert whole["rates"]["7"] != whole["rates"]["6"]
+    assert told["counts"] == [0.0 if mode == "reset" else 6.0]
+    sources = [flattened(load_dcp(titan / "run" / "checkpoint" / f"step-{step}")) for step in (2, 4, 6)]
+    found = flattened(load_dcp(titan / mode))
+    assert found.keys() == sources[-1].keys()
+    moments = [name for name in found if name.endswith(("exp_avg", "exp_avg_sq"))]
+    assert len(moments) == 42
+    for name in moments:
+        each = [source[name] for source in sources]
+        assert torch.equal(found[name], of_mode(mode, name.rpartition(".")[2], each)), name
+    assert torch.equal(found["output.weight"], mean([source["output.weight"] for source in sources]))
+    assert told["losses"]["7"] == pytest.approx(loss_of_titan(found), abs=1e-5)
+    assert (titan / "resumed" / mode / "checkpoint" / "step-8" / ".metadata").is_file()
+
+
+def loss_of_titan(weights: dict[str, Any]) -> float:
+    """The loss of a whole model of these weights on the data of step 7."""
+    sys.path.insert(0, str(FIXTURES))
+    from train_distributed import Llama, train_step
+
+    model = Llama()
+    model.load_state_dict({name: weights[name] for name in model.state_dict()})
+    return train_step(model, torch.optim.SGD(model.parameters(), lr=0.0), 7, False)
