@@ -1,5 +1,5 @@
-"""Lightning, DeepSpeed, megatron-core and torchtitan go on from what `pma init` writes: what they load is what the mode
-says, the first loss is the merge's, the rate that of the step.
+"""Lightning, DeepSpeed, megatron-core and torchtitan go on from what `pma init` writes: what they load is
+what the mode says, the first loss is the merge's, the rate that of the step.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from pma import engine, formats, verbs
 from pma.cli import app
 from pma.errors import InputError, MismatchError, UsageError
+from pma.remote import location
 from pma.testing import tiny_run
 from pma.trajectory import Window
 from pma.verbs import Choice
@@ -219,6 +220,19 @@ def test_another_mode_does_not_go_on_with_an_interrupted_one(run: Path, tmp_path
     with pytest.raises(UsageError, match="its options were not the same"):
         init(run, tmp_path / "out", optimizer="reset")
     init(run, tmp_path / "out", optimizer="average")
+
+
+def test_runs_and_outputs_in_stores(run: Path, tmp_path: Path) -> None:
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    store.put(str(run), f"/{tmp_path.name}/run", recursive=True)
+    local, url = init(run, tmp_path / "out", optimizer="average"), f"memory://{tmp_path.name}"
+    made = init(location(f"{url}/run"), location(f"{url}/out"), optimizer="average")
+    assert (made.kept, made.averaged) == (local.kept, local.averaged)
+    for path in (tmp_path / "out").iterdir():
+        if path.name != "pma.json":
+            assert store.cat(f"/{tmp_path.name}/out/{path.name}") == path.read_bytes(), path.name
 
 
 # ---- bad input ----
