@@ -44,7 +44,7 @@ def _dcp(plan: Plan, out: str) -> Answer:
     if profile == "torchtitan":
         return (
             f"torchtitan … --checkpoint.initial_load_path $(realpath {out}) "
-            "--checkpoint.no-initial_load_model_only",
+            "--checkpoint.no-initial-load-model-only",
             (_NEW_FOLDER,),
         )
     if profile == "OLMo-core":
