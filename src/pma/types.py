@@ -73,6 +73,8 @@ class Role(Enum):
 class TensorSpec:
     """A named tensor: its type and shape, its role, and (for a master or moment) the parameter it belongs
     to.
+
+    `kind`: what an optimizer calls what it keeps for a parameter, such as `exp_avg` or `step`.
     """
 
     name: str
@@ -80,6 +82,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     role: Role = Role.PARAMETER
     parameter: str | None = None
+    kind: str | None = None
 
     @property
     def element_count(self) -> int:

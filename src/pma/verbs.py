@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pma import engine, formats, logs, trajectory
+from pma import engine, formats, logs, restart, trajectory
 from pma.engine import Merge, MergeOptions, Plan
 from pma.engine.provenance import RECORD_FILE, load
 from pma.errors import InputError, UsageError
@@ -19,6 +19,7 @@ from pma.evaluation.text import Document, read_documents
 from pma.logs import TrainingCurves
 from pma.quantities import Tokens, distance_flag
 from pma.remote import location
+from pma.restart import Restart
 from pma.trajectory import Phase, Preset, Trajectory, TrajectoryPoint, WayPast, Window
 
 if TYPE_CHECKING:
@@ -75,6 +76,50 @@ def merge(choice: Choice, out: Path, options: MergeOptions | None = None, **how:
     """Merge `choice` into the new folder `out`; `how` as in `engine.write`."""
     with plan(choice, options) as planned:
         return engine.write(planned, out, **how)
+
+
+def plan_init(
+    choice: Choice,
+    options: MergeOptions | None = None,
+    *,
+    optimizer: str = "newest",
+    purpose: str = "resume",
+    before_step: int | None = None,
+) -> Plan:
+    """What `init` would write; see there."""
+    if before_step is not None:
+        if choice.window is None:
+            raise UsageError("--before-step ends a window of --last N checkpoints of a run")
+        choice = replace(choice, window=replace(choice.window, before=before_step))
+    found, points = choice.points()
+    return restart.planned(
+        points,
+        options or MergeOptions(),
+        optimizer=optimizer,
+        purpose=purpose,
+        as_given=choice.as_given,
+        left_out=found.left_out,
+    )
+
+
+def init(
+    choice: Choice,
+    out: Path,
+    *,
+    optimizer: str = "newest",
+    purpose: str = "resume",
+    before_step: int | None = None,
+    options: MergeOptions | None = None,
+    **how: Any,
+) -> Restart:
+    """Merge `choice` into the new folder `out` so that the run's own trainer goes on from it.
+
+    `optimizer`: what becomes of moments: `newest`, `second-moment` (first zero), `average`, `reset` (zero).
+    `purpose`: `resume`, or `sft` or `ct` for weights alone. `before_step`: the window ends before it. `how`
+    as in `engine.write`.
+    """
+    with plan_init(choice, options, optimizer=optimizer, purpose=purpose, before_step=before_step) as planned:
+        return restart.write(planned, out, optimizer=optimizer, purpose=purpose, **how)
 
 
 def average(choice: Choice, options: MergeOptions | None = None) -> dict[str, Tensor]:

@@ -328,7 +328,11 @@ FLAGS = {
     "eval": "--annealed --at --cloze --context --every --json --last --limit --merge --preset --scheme "
     "--tasks --text --weights",
     "report": "--json --out",
-    "pretrain": "--anneal --fork-from --json --learning-rate --out --seed --text --tokens",
+    "pretrain": "--anneal --fork-from --json --learning-rate --out --resume-from --seed --skip-steps "
+    "--skip-tokens --text --tokens",
+    "init": "--allow-mixed-phases --allow-nonfinite --as-given --at --before-step --break-lock --every --for "
+    "--fresh --inside-run --json --last --memory --optimizer --out --pattern --preset --scheme --staging "
+    "--threads --weights",
 }
 
 
@@ -368,7 +372,7 @@ def test_the_root_offers_the_verbs_and_nothing_else() -> None:
 
     assert package.__all__ == [
         "Choice", "MergeOptions", "Steps", "Tokens", "Window", "__version__", "average", "discover",
-        "evaluate", "fork", "inspect", "location", "merge", "plan", "pretrain", "verify",
+        "evaluate", "fork", "init", "inspect", "location", "merge", "plan", "pretrain", "verify",
     ]  # fmt: skip
     for name in package.__all__:
         assert getattr(package, name) is not None

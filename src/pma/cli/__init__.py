@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from pma import __version__
-from pma.cli import evaluating, merging, spikes, sweeping, training
+from pma.cli import evaluating, merging, restarting, spikes, sweeping, training
 from pma.cli.output import say
 from pma.errors import Interrupted
 
@@ -32,6 +32,7 @@ sweeping.register(app)
 evaluating.register(app)
 spikes.register(app)
 training.register(app)
+restarting.register(app)
 
 
 def _print_version(asked: bool) -> None:

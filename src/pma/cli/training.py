@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,9 @@ from pma.cli import options as flags
 from pma.cli.output import command, note, progress, say
 from pma.errors import UsageError
 from pma.quantities import count_text, parse_tokens
+
+if TYPE_CHECKING:
+    from pma.pretraining import Pretraining
 
 
 def register_demo(app: typer.Typer) -> None:
@@ -79,6 +82,16 @@ def pretrain(
     anneal: Annotated[
         str | None, typer.Option("--anneal", help="cosine, linear or 1-sqrt; with --fork-from.")
     ] = None,
+    resume_from: Annotated[
+        Path | None,
+        typer.Option("--resume-from", help="Go on from this checkpoint in a new run: one of pma init."),
+    ] = None,
+    skip_steps: Annotated[
+        int | None, typer.Option("--skip-steps", min=0, help="With --resume-from: leave their data out.")
+    ] = None,
+    skip_tokens: Annotated[
+        str | None, typer.Option("--skip-tokens", help="The same in tokens: 300K.")
+    ] = None,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
     """Pre-train a recipe at constant learning rate, or anneal a fork of such a run.
@@ -89,29 +102,30 @@ def pretrain(
     Example: pma pretrain nano-dense -o run --text my_texts/
 
     Example: pma pretrain --fork-from run/checkpoint-1500 --anneal cosine --tokens 300K -o annealed
-    """
-    from pma.pretraining import fork
-    from pma.pretraining import pretrain as pretrain_recipe
 
-    if fork_from is not None:
+    Example: pma pretrain --resume-from init --skip-tokens 100K -o again
+    """
+    if resume_from is not None:
+        if recipe is not None or text or learning_rate is not None or seed is not None:
+            raise UsageError("a run that goes on keeps recipe, text, rate and seed; leave those out")
+        if fork_from is not None or anneal is not None:
+            raise UsageError("--resume-from goes on as the run did; --fork-from anneals: say one of them")
+        made = _resumed(resume_from, out, tokens, skip_steps, skip_tokens)
+    elif skip_steps is not None or skip_tokens is not None:
+        raise UsageError("--skip-steps and --skip-tokens go with --resume-from; a run skips nothing itself")
+    elif fork_from is not None:
         if recipe is not None or text or learning_rate is not None:
             raise UsageError(
                 "a fork keeps the recipe, text and peak rate of its run; leave RECIPE and those flags out"
             )
-        missing = [flag for flag, value in (("--anneal", anneal), ("--tokens", tokens)) if value is None]
-        if anneal is None or tokens is None:
-            raise UsageError(
-                f"--fork-from also needs {' and '.join(missing)}, such as --anneal cosine --tokens 300K: the "
-                "shape and "
-                "the length of the decay"
-            )
-        with training_bar("annealing") as bar:
-            made = fork(fork_from, out, anneal=anneal, tokens=parse_tokens(tokens), seed=seed, progress=bar)
+        made = _forked(fork_from, out, anneal, tokens, seed)
     else:
         if recipe is None:
             raise UsageError("which recipe? Such as: pma pretrain nano-dense -o run")
         if anneal is not None:
             raise UsageError("--anneal goes with --fork-from: a run itself stays at constant learning rate")
+        from pma.pretraining import pretrain as pretrain_recipe
+
         asked = overridden(recipe, tokens=tokens, learning_rate=learning_rate, seed=seed)
         with training_bar("pre-training") as bar:
             made = pretrain_recipe(asked, out, text=[str(path) for path in text or ()], progress=bar)
@@ -119,6 +133,43 @@ def pretrain(
         added = f"{made.steps_added} steps in {made.seconds:.0f} s" if made.steps_added else "nothing to add"
         say(f"{made.checkpoint}: step {made.step}, {count_text(made.tokens)} tokens; {added}")
     return {**asdict(made), "run": str(made.run), "checkpoint": str(made.checkpoint)}
+
+
+def _forked(
+    checkpoint: Path, out: Path, anneal: str | None, tokens: str | None, seed: int | None
+) -> Pretraining:
+    from pma.pretraining import fork
+
+    missing = [flag for flag, value in (("--anneal", anneal), ("--tokens", tokens)) if value is None]
+    if anneal is None or tokens is None:
+        raise UsageError(
+            f"--fork-from also needs {' and '.join(missing)}, such as --anneal cosine --tokens 300K: the "
+            "shape and the length of the decay"
+        )
+    with training_bar("annealing") as bar:
+        return fork(checkpoint, out, anneal=anneal, tokens=parse_tokens(tokens), seed=seed, progress=bar)
+
+
+def _resumed(
+    checkpoint: Path, out: Path, tokens: str | None, skip_steps: int | None, skip_tokens: str | None
+) -> Pretraining:
+    from pma.pretraining import resume
+
+    skipped = _steps_to_skip(checkpoint, skip_steps, skip_tokens)
+    length = None if tokens is None else parse_tokens(tokens)
+    with training_bar("pre-training") as bar:
+        return resume(checkpoint, out, tokens=length, skip_steps=skipped, progress=bar)
+
+
+def _steps_to_skip(checkpoint: Path, steps: int | None, tokens: str | None) -> int:
+    """As steps of the run that `checkpoint` comes from; tokens are rounded up to whole ones."""
+    if tokens is None:
+        return steps or 0
+    if steps is not None:
+        raise UsageError("--skip-steps and --skip-tokens say the same; give one of them")
+    from pma.pretraining.run_folder import read_record, run_of
+
+    return int(read_record(run_of(checkpoint)).recipe.steps_for(parse_tokens(tokens)))
 
 
 def overridden(name: str, *, tokens: str | None, learning_rate: float | None, seed: int | None) -> Any:

@@ -22,6 +22,7 @@ class Policy(Enum):
 
     AVERAGE = "average"
     COPY_NEWEST = "copy newest"
+    ZERO = "zero"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,6 +82,9 @@ class BlockWorker:
             if span.policy is Policy.AVERAGE:
                 if not self._average_directly(span, wanted):
                     self._average(block, index, wanted)
+            elif span.policy is Policy.ZERO:
+                for k in wanted:
+                    self._outs[k][span.block_offset : span.block_offset + span.length_bytes] = 0
             else:
                 self._copy(block, index, wanted)
         return [(k, _view(self._outs[k][: block.length_bytes])) for k in wanted]

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pma import averaging, formats
-from pma.engine import converting
+from pma.engine import converting, optimizer_state
 from pma.engine.blocks import Blocks, Policy
 from pma.engine.memory_budget import DEFAULT_MEMORY_BYTES, peak_memory_bytes, tile_bytes_within
 from pma.errors import InputError, MismatchError, UsageError, printable
@@ -36,7 +36,8 @@ class MergeOptions:
     `scheme`: see `averaging.scheme`. `weights`: given weights, oldest first, instead of a scheme. `dtype`:
     element type of averaged tensors, the inputs' own by default. `exclude`, `copy`: patterns of tensor names
     to leave out, or to take from the newest checkpoint. `with_optimizer`: average the optimizer's masters
-    too and carry the rest of the newest checkpoint's training state; left out otherwise. `to`: the output's
+    too and carry the rest of the newest checkpoint's training state; left out otherwise. `moments`: what then
+    becomes of what the optimizer keeps beside (`optimizer_state.MODES`). `to`: the output's
     format, the newest checkpoint's own by default. `like`: a Hugging Face model folder; tensors get the
     names, order and shapes of that model, by `map` (a built-in one or a file; by default the only one that
     fits), and `exclude` then means tensors of the sources.
@@ -48,6 +49,7 @@ class MergeOptions:
     exclude: tuple[str, ...] = ()
     copy: tuple[str, ...] = ()
     with_optimizer: bool = False
+    moments: str = "newest"
     to: str | None = None
     like: Path | None = None
     map: str | None = None
@@ -62,6 +64,12 @@ class MergeOptions:
             raise UsageError(f"--map {self.map} needs --like FOLDER, the model that the tensors become")
         if self.like is not None and self.with_optimizer:
             raise UsageError("--with-optimizer keeps a trainer's own state; --like FOLDER leaves it behind")
+        if self.to is not None and self.with_optimizer:
+            raise UsageError("--with-optimizer keeps a trainer's own state; --to FORMAT leaves it behind")
+        if self.moments not in optimizer_state.MODES:
+            raise UsageError(
+                f"--optimizer {self.moments}: expected one of {', '.join(optimizer_state.MODES)}"
+            )
         if self.threads < 1:
             raise UsageError(f"--threads {self.threads}: at least one is needed")
 
@@ -138,9 +146,10 @@ class Plan:
 
     def describe(self) -> dict[str, Any]:
         """What the merge would do, as plain values for a table or JSON."""
-        groups: dict[str, list[str]] = {"average": [], "copy newest": [], "excluded": list(self.excluded)}
+        groups: dict[str, list[str]] = {policy.value: [] for policy in Policy}
         for name, policy in self.policies.items():
             groups[policy.value].append(name)
+        groups["excluded"] = list(self.excluded)
         return {
             "scheme": _scheme_text(self.options),
             "sources": [_described(source) for source in self.sources],
@@ -183,7 +192,8 @@ def plan(
     with ExitStack() as on_error:
         opened = {} if opened is None else opened
         missing = [path for path in dict.fromkeys(point.path for point in points) if path not in opened]
-        for path, reader in zip(missing, each_at_once(formats.open_checkpoint, missing), strict=True):
+        opener = formats.open_resumable if options.with_optimizer else formats.open_checkpoint
+        for path, reader in zip(missing, each_at_once(opener, missing), strict=True):
             opened[path] = reader
             on_error.callback(reader.close)
         readers = [opened[point.path] for point in points]
@@ -198,12 +208,15 @@ def plan(
             excluded = tuple(n for n in everything if any(fnmatchcase(n, p) for p in options.exclude))
         unwanted = set(excluded)
         tensors = {n: s for n, s in newest.tensors.items() if n in everything and n not in unwanted}
-        _check_same(readers, {n: s for n, s in tensors.items() if s.role in _COMPARED}, excluded)
-        policies = {name: _policy(spec, options.copy, newest.path) for name, spec in tensors.items()}
+        policies = {name: _policy(spec, options, newest.path) for name, spec in tensors.items()}
+        averaged = {name for name, policy in policies.items() if policy is Policy.AVERAGE}
+        compared = {n: s for n, s in tensors.items() if s.role in _COMPARED or n in averaged}
+        _check_same(readers, compared, excluded)
         outputs = {name: _output_spec(spec, policies[name], options.dtype) for name, spec in tensors.items()}
         to = options.to or ("hf" if options.like is not None else None)
         # a converted checkpoint's files are not its source's
-        layout = formats.plan_layout(outputs, newest if options.like is None else None, to)
+        like = newest if options.like is None else None
+        layout = formats.plan_layout(outputs, like, to, fresh_steps=options.moments == "reset")
         blocks = Blocks(layout, tensors, policies)
         tile_bytes = tile_bytes_within(options.memory_bytes, options.threads, merges=1)
         beside = _beside(newest, options.dtype)
@@ -320,8 +333,10 @@ def _check_same(
                     )
 
 
-def _policy(spec: TensorSpec, copy: Sequence[str], path: Path) -> Policy:
-    if spec.role not in _COMPARED or any(fnmatchcase(spec.name, pattern) for pattern in copy):
+def _policy(spec: TensorSpec, options: MergeOptions, path: Path) -> Policy:
+    if optimizer_state.is_kept_for_a_parameter(spec):
+        return optimizer_state.policy_of(spec, options.moments, str(path))
+    if spec.role not in _COMPARED or any(fnmatchcase(spec.name, pattern) for pattern in options.copy):
         return Policy.COPY_NEWEST
     if spec.dtype.kind == "quantised":
         raise InputError(
@@ -335,7 +350,8 @@ def _policy(spec: TensorSpec, copy: Sequence[str], path: Path) -> Policy:
 def _output_spec(spec: TensorSpec, policy: Policy, dtype: DType | None) -> TensorSpec:
     if dtype is None or policy is not Policy.AVERAGE or spec.dtype.kind != "float":
         return spec
-    return TensorSpec(name=spec.name, dtype=dtype, shape=spec.shape, role=spec.role, parameter=spec.parameter)
+    # moments and masters keep the type that the optimizer computes with
+    return replace(spec, dtype=dtype) if spec.role in (Role.PARAMETER, Role.BUFFER) else spec
 
 
 def _beside(newest: CheckpointReader, dtype: DType | None) -> dict[str, bytes]:

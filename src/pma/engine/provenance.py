@@ -18,7 +18,7 @@ from typing import Any
 from blake3 import blake3
 
 from pma.engine import converting
-from pma.engine.blocks import CHUNK_BYTES
+from pma.engine.blocks import CHUNK_BYTES, Policy
 from pma.engine.plan import Plan
 from pma.engine.stream import Digests
 from pma.errors import FormatError, IncompleteError, MismatchError, printable
@@ -48,6 +48,7 @@ def record(
         "exclude": list(options.exclude),
         "copy": list(options.copy),
         "with_optimizer": options.with_optimizer,
+        "moments": options.moments,
         "to": options.to,
         "conversion": converting.record(plan.newest),
         "allow_nonfinite": options.allow_nonfinite,
@@ -61,7 +62,8 @@ def record(
             }
             for source in plan.sources
         ],
-        "copied_from_newest": [name for name, policy in plan.policies.items() if policy.value != "average"],
+        "copied_from_newest": _names(plan, Policy.COPY_NEWEST),
+        "zero": _names(plan, Policy.ZERO),
         "excluded": list(plan.excluded),
         "left_out": [{"path": str(path), "reason": reason} for path, reason in plan.left_out],
         "small_files": _small_files(plan, folder, side_files),
@@ -71,13 +73,17 @@ def record(
     }
 
 
+def _names(plan: Plan, policy: Policy) -> list[str]:
+    return [name for name, given in plan.policies.items() if given is policy]
+
+
 def heading(plan: Plan) -> dict[str, Any]:
     """What must be the same for an interrupted merge to go on: sources, recipe, layout, and our own
     version.
     """
     options = plan.options
     choices = [options.scheme, options.weights, options.exclude, options.copy, options.allow_nonfinite]
-    choices += [options.with_optimizer, options.to]
+    choices += [options.with_optimizer, options.moments, options.to]
     files = [(file.name, file.size_bytes) for file in plan.layout.files]
     headers = [data.hex() for file in plan.layout.files for _, data in file.constants]
     sources = [

@@ -90,6 +90,8 @@ class ReadAhead:
         averaged = sorted({number for recipe in recipes for number, _ in recipe.members} & self._remote)
         copied = sorted({recipe.newest for recipe in recipes} & self._remote)
         for index, span in enumerate(block.spans):
+            if span.policy is Policy.ZERO:
+                continue
             numbers, segments = (averaged if span.policy is Policy.AVERAGE else copied), Segments(span)
             for start in range(0, span.length_in_bytes, self._window_bytes):
                 stop = min(start + self._window_bytes, span.length_in_bytes)

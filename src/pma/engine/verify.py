@@ -164,6 +164,7 @@ def _planned_again(out: Path, value: dict[str, Any]) -> Plan:
         exclude=tuple(value["exclude"]),
         copy=tuple(value["copy"]),
         with_optimizer=value.get("with_optimizer", False),
+        moments=value.get("moments", "newest"),
         to=value.get("to"),
         like=location(value["conversion"]["like"]) if value.get("conversion") else None,
         map=value["conversion"]["map"] if value.get("conversion") else None,

@@ -13,6 +13,7 @@ from typing import cast
 
 from pma.errors import FormatError, UsageError
 from pma.formats.contracts import UNFINISHED_FILE, UNFINISHED_SUFFIX, CheckpointReader, FormatModule
+from pma.formats.state_beside import WithState
 from pma.types import CheckpointMeta, Layout, TensorSpec
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "is_checkpoint",
     "named_step",
     "open_checkpoint",
+    "open_resumable",
     "plan_layout",
     "read_meta",
 ]
@@ -67,11 +69,22 @@ def open_checkpoint(path: Path) -> CheckpointReader:
     """Open the checkpoint at `path` with the format that recognises it. Raises FormatError where none
     does.
     """
+    return _recognised(path).open_reader(path)
+
+
+def open_resumable(path: Path) -> CheckpointReader:
+    """As `open_checkpoint`, with the training state that its trainer keeps in files beside the weights."""
+    module = _recognised(path)
+    reader: CheckpointReader = getattr(module, "open_resumable", module.open_reader)(path)
+    return reader
+
+
+def _recognised(path: Path) -> FormatModule:
     if not path.exists():
         raise FormatError(f"{path} does not exist")
     module = _format_of(path)
     if module is not None:
-        return module.open_reader(path)
+        return module
     what = "a folder without files of a known format" if path.is_dir() else "a file of no known format"
     raise FormatError(
         f"{path} is {what}; expected a checkpoint, such as a folder with model.safetensors in it"
@@ -91,10 +104,14 @@ def read_meta(path: Path) -> CheckpointMeta:
 
 
 def plan_layout(
-    tensors: Mapping[str, TensorSpec], like: CheckpointReader | None, to: str | None = None
+    tensors: Mapping[str, TensorSpec],
+    like: CheckpointReader | None,
+    to: str | None = None,
+    *,
+    fresh_steps: bool = False,
 ) -> Layout:
     """Where an output's tensors go, in the format named `to`, or in that of `like`. Raises UsageError for a
-    name that no format has.
+    name that no format has. `fresh_steps`: an optimizer's counts of steps that are no tensors are zero.
 
     `like` tells more of the output where it is of the same format, or of one that the output's names in
     `LIKE`.
@@ -105,4 +122,9 @@ def plan_layout(
         known = sorted({module.FORMAT for module in _formats()} | _ALSO_NAMED.keys())
         raise UsageError(f"--to {wanted}: there are {', '.join(known)}")
     understood = getattr(module, "LIKE", (module.FORMAT,))
-    return module.plan_layout(tensors, like if like is not None and like.format in understood else None)
+    source = like if like is not None and like.format in understood else None
+    if not isinstance(source, WithState):
+        return module.plan_layout(tensors, source)
+    weights: CheckpointReader = source.weights
+    layout = module.plan_layout(source.of_weights(tensors), weights)
+    return source.completed(layout, tensors, fresh_steps=fresh_steps)

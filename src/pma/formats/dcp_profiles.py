@@ -13,9 +13,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from re import Pattern
 
+from pma.formats.optimizer_kinds import MASTERS
 from pma.types import DType, Role, TensorSpec
-
-_MASTERS = frozenset({"fp32_param", "master_param", "main_param", "master", "main", "param"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +47,20 @@ class Profile:
             parameter = self.weights + kept["parameter"]
             # a step or a factored moment does not lie over its parameter element by element
             if shapes.get(parameter) == shape and dtype.kind == "float" and shape:
-                role = Role.MASTER if kept["kind"] in _MASTERS else Role.MOMENT
-                return TensorSpec(name=name, dtype=dtype, shape=shape, role=role, parameter=parameter)
-            return TensorSpec(name=name, dtype=dtype, shape=shape, role=Role.OTHER)
+                role = Role.MASTER if kept["kind"] in MASTERS else Role.MOMENT
+                return TensorSpec(
+                    name=name, dtype=dtype, shape=shape, role=role, parameter=parameter, kind=kept["kind"]
+                )
+            return TensorSpec(name=name, dtype=dtype, shape=shape, role=Role.OTHER, kind=kept["kind"])
         role = Role.PARAMETER if self.is_weight(name) else Role.OTHER
         return TensorSpec(name=name, dtype=dtype, shape=shape, role=role)
 
     def entry(self, name: str, length_bytes: int) -> TensorSpec:
         """Stored bytes with their role."""
         role = Role.OPAQUE if self.opaque.fullmatch(name) else Role.OTHER
-        return TensorSpec(name=name, dtype=DType.U8, shape=(length_bytes,), role=role)
+        kept = self.optimizer.fullmatch(name)
+        kind = kept["kind"] if kept is not None and role is Role.OTHER else None
+        return TensorSpec(name=name, dtype=DType.U8, shape=(length_bytes,), role=role, kind=kind)
 
     def is_weight(self, name: str) -> bool:
         """Whether a name is one of the model's."""

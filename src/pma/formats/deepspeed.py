@@ -172,12 +172,18 @@ class ZeroReader(FileReader):
                     shape=shape,
                     role=Role.MOMENT,
                     parameter=name,
+                    kind=kind,
                 )
         for name, step in self._steps.items():
             if isinstance(step, StoredTensor) and step.contiguous:
                 stored = moment_name(STEP, name)
                 yield TensorSpec(
-                    name=stored, dtype=step.dtype, shape=step.shape, role=Role.OTHER, parameter=name
+                    name=stored,
+                    dtype=step.dtype,
+                    shape=step.shape,
+                    role=Role.OTHER,
+                    parameter=name,
+                    kind=STEP,
                 )
 
     @cached_property

@@ -136,7 +136,7 @@ class UniversalReader(FileReader):
         if kind == STEP:
             self._steps[name] = value
             if isinstance(value, StoredTensor) and value.contiguous:
-                self._add(moment_name(STEP, name), value, value.shape, Role.OTHER, name)
+                self._add(moment_name(STEP, name), value, value.shape, Role.OTHER, name, STEP)
             return
         tensor = value.get(_PARAM) if isinstance(value, dict) else value
         if not isinstance(tensor, StoredTensor):
@@ -153,7 +153,7 @@ class UniversalReader(FileReader):
                 {k: v for k, v in value.items() if k != _PARAM} if isinstance(value, dict) else {}
             )
         else:
-            self._add(moment_name(kind, name), tensor, shape, Role.MOMENT, name)
+            self._add(moment_name(kind, name), tensor, shape, Role.MOMENT, name, kind)
 
     def _take_whole(self, folder: Folder) -> None:
         """What the model's file holds: buffers, and parameters that are not trained, which stage 3 cuts among
@@ -175,12 +175,20 @@ class UniversalReader(FileReader):
         for name, shape in self._model.frozen_shapes.items():
             self._add(name, self._model.frozen[name], shape, Role.PARAMETER, None)
 
-    def _add(self, name: str, tensor: StoredTensor, shape: Shape, role: Role, parameter: str | None) -> None:
+    def _add(
+        self,
+        name: str,
+        tensor: StoredTensor,
+        shape: Shape,
+        role: Role,
+        parameter: str | None,
+        kind: str | None = None,
+    ) -> None:
         if name in self._specs:
             raise FormatError(f"{self._model.file}: {printable(name)} occurs twice")
         self._parts.setdefault(name, (whole_fragment(name, tensor),))
         self._specs[name] = TensorSpec(
-            name=name, dtype=tensor.dtype, shape=shape, role=role, parameter=parameter
+            name=name, dtype=tensor.dtype, shape=shape, role=role, parameter=parameter, kind=kind
         )
 
     @property

@@ -44,10 +44,11 @@ def read_meta(folder: Path, file: str) -> CheckpointMeta:
     )
 
 
-def optimizer_files(folder: Folder, file: str) -> tuple[str, ...]:
-    """The optimizer's shards of the same step."""
+def optimizer_files(folder: Folder, file: str) -> dict[str, str]:
+    """The optimizer's shards of the same step, by their names without it, such as `optim_rank0`."""
     start = f"optim_{file.removeprefix('model_').removesuffix('.pt')}"
-    return tuple(name for name in folder.names() if name.startswith(start) and name.endswith(".pt"))
+    names = [name for name in folder.names() if name.startswith(start) and name.endswith(".pt")]
+    return {f"optim{name.removeprefix(start).removesuffix('.pt')}": name for name in names}
 
 
 def side_files(folder: Folder, file: str) -> dict[str, bytes]:

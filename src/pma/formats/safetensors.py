@@ -15,6 +15,7 @@ from pma.formats.contracts import CheckpointReader
 from pma.formats.folder import open_folder
 from pma.formats.reader import FileReader
 from pma.formats.safetensors_header import encode_header, read_header
+from pma.formats.state_beside import with_trainer_state
 from pma.types import CheckpointMeta, Fragment, Layout, OutputFile, TensorSpec
 
 FORMAT = "safetensors"
@@ -36,6 +37,11 @@ def detect(path: Path) -> bool:
 def open_reader(path: Path) -> SafetensorsReader:
     """Open a checkpoint: parses every header, reads no tensor."""
     return SafetensorsReader(path)
+
+
+def open_resumable(path: Path) -> FileReader:
+    """Open one with what the Trainer keeps in files beside it."""
+    return with_trainer_state(SafetensorsReader(path))
 
 
 class SafetensorsReader(FileReader):

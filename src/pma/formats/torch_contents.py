@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pma.errors import FormatError, printable
+from pma.formats.optimizer_kinds import FIRST_MOMENTS, MASTERS, SECOND_MOMENTS, STEP
 from pma.formats.torch_archive import StoredTensor
 from pma.formats.torch_pickle import CannotEncode, TensorPlace, encode
 from pma.formats.unpickling import OrderedMapping
@@ -36,7 +37,8 @@ _WRAPPERS = ("model", _STATE, "model_state_dict", "module", "model_state")
 _STEPS = ("global_step", "step_count", "step", "iteration")
 # what continues training and means nothing beside other weights; Lightning too leaves its part of them out of
 # checkpoints that are weights only
-_TRAINING = frozenset(
+#: entries that continue training
+TRAINING = frozenset(
     {
         "averaging_state",
         "callbacks",
@@ -55,7 +57,7 @@ _TRAINING = frozenset(
         "train_dataloader",
     }
 )
-_MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg"})
+_MOMENTS = FIRST_MOMENTS | SECOND_MOMENTS
 _DEEPEST = 100
 _LARGEST_COUNT = 2**63
 
@@ -124,9 +126,14 @@ def others_in(found: Contents, where: str) -> Iterator[tuple[str, StoredTensor]]
         yield from tensors_in(entry, str(key), where, 0)
 
 
-def role_of(name: str) -> Role:
-    """The role of a tensor that is not a weight."""
-    return Role.MOMENT if name.rpartition("/")[2] in _MOMENTS else Role.OTHER
+def spec_of(name: str, tensor: StoredTensor) -> TensorSpec:
+    """A tensor that is not a weight: what an optimizer keeps for a parameter is in its `state`, by the
+    parameter.
+    """
+    *_, inside, _, kind = ("", "", *name.split("/"))
+    kept = kind if inside == "state" else None
+    role = Role.MASTER if kept in MASTERS else Role.MOMENT if kept in _MOMENTS else Role.OTHER
+    return TensorSpec(name=name, dtype=tensor.dtype, shape=tensor.shape, role=role, kind=kept)
 
 
 def tensors_in(
@@ -142,6 +149,21 @@ def tensors_in(
         seen.add(id(value))
         for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
             yield from tensors_in(entry, f"{path}/{key}", where, depth + 1, seen)
+
+
+def counts_of_steps(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[dict[Any, Any], str]]:
+    """What an optimizer keeps for a parameter (entries of `state`) with a count of steps that is a plain
+    number, and where that is.
+    """
+    if not isinstance(value, (dict, list, tuple)) or depth > _DEEPEST:
+        return
+    for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+        if key == "state" and isinstance(entry, dict):
+            for parameter, kept_for in entry.items():
+                if isinstance(kept_for, dict) and type(kept_for.get(STEP)) in (int, float):
+                    yield kept_for, f"{path}/state/{parameter}/{STEP}"
+        else:
+            yield from counts_of_steps(entry, f"{path}/{key}", depth + 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,11 +183,11 @@ def rebuilt(found: Contents, tensors: Mapping[str, TensorSpec]) -> Rebuilt:
     weights = _weights(found.weights, tensors)
     if found.weights_at is None:
         return Rebuilt(value=weights, left_out=())
-    training = any(spec.role in (Role.MOMENT, Role.OTHER) for spec in tensors.values())
+    training = any(spec.role in (Role.MASTER, Role.MOMENT, Role.OTHER) for spec in tensors.values())
     made: dict[Any, Any] = {}
     missing: list[str] = []
     for key, entry in found.rest.items():
-        copy = None if not training and key in _TRAINING else kept(entry, str(key), tensors)
+        copy = None if not training and key in TRAINING else kept(entry, str(key), tensors)
         if copy is None and entry is not None:
             missing.append(str(key))
         else:

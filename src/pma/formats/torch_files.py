@@ -22,6 +22,7 @@ from pma.formats import hf_trainer, nanochat, side_files
 from pma.formats.contracts import CheckpointReader
 from pma.formats.folder import Folder, open_folder
 from pma.formats.reader import FileReader
+from pma.formats.state_beside import WithState, with_trainer_state
 from pma.formats.strict_json import parse_object
 from pma.formats.torch_archive import StoredTensor, read_archive
 from pma.formats.torch_contents import (
@@ -31,13 +32,13 @@ from pma.formats.torch_contents import (
     meta_of,
     others_in,
     rebuilt,
-    role_of,
+    spec_of,
     weights_in,
 )
 from pma.formats.torch_pickle import CannotEncode
 from pma.formats.torch_writing import archive_layout
 from pma.formats.unpickling import OrderedMapping
-from pma.types import CheckpointMeta, Fragment, Layout, OutputFile, Role, TensorSpec
+from pma.types import CheckpointMeta, Fragment, Layout, OutputFile, TensorSpec
 
 FORMAT = "torch"
 #: nanochat's files, litgpt's folders, Lightning's files
@@ -69,6 +70,15 @@ def open_reader(path: Path) -> TorchReader:
     return TorchReader(path)
 
 
+def open_resumable(path: Path) -> FileReader:
+    """Open one with what a trainer keeps in files beside it: the Trainer's, or nanochat's."""
+    reader = TorchReader(path)
+    if nanochat.is_model(reader.main):
+        archives = nanochat.optimizer_files(reader.folder, reader.main)
+        return WithState(reader, archives) if archives else reader
+    return with_trainer_state(reader)
+
+
 def read_meta(path: Path) -> CheckpointMeta:
     """What the file itself, or the record beside it, says. What cannot be read is incomplete, with the
     reason.
@@ -98,7 +108,7 @@ class TorchReader(FileReader):
         main = _main_file(path)
         if main is None:
             raise FormatError(f"{path} holds no file of torch.save, or several that could be meant; name one")
-        self._main = main
+        self.main = main
         self.contents: dict[str, Contents] = {}
         digests: dict[str, str] = {}
         with closing(folder):
@@ -110,7 +120,7 @@ class TorchReader(FileReader):
         for file, found in self.contents.items():
             self._take(file, found)
         if nanochat.is_model(main):
-            self.ignored_files = nanochat.optimizer_files(folder, main)
+            self.ignored_files = tuple(nanochat.optimizer_files(folder, main).values())
 
     def _take(self, file: str, found: Contents) -> None:
         where = str(self.folder.path / file)
@@ -120,21 +130,21 @@ class TorchReader(FileReader):
                     f"{where}: the elements of {printable(name)} do not lie one after the other (shape "
                     f"{tensor.shape}, strides {tensor.stride}); save it again with .contiguous()"
                 )
-            self._add(name, tensor, Role.PARAMETER, where)
+            self._add(TensorSpec(name=name, dtype=tensor.dtype, shape=tensor.shape), tensor, where)
         for name, tensor in others_in(found, where):
             if tensor.contiguous:
-                self._add(name, tensor, role_of(name), where)
+                self._add(spec_of(name, tensor), tensor, where)
 
-    def _add(self, name: str, tensor: StoredTensor, role: Role, where: str) -> None:
-        if name in self._specs:
-            raise FormatError(f"{where}: {printable(name)} occurs twice")
-        self._stored[name] = tensor
-        self._specs[name] = TensorSpec(name=name, dtype=tensor.dtype, shape=tensor.shape, role=role)
+    def _add(self, spec: TensorSpec, tensor: StoredTensor, where: str) -> None:
+        if spec.name in self._specs:
+            raise FormatError(f"{where}: {printable(spec.name)} occurs twice")
+        self._stored[spec.name] = tensor
+        self._specs[spec.name] = spec
 
     @property
     def is_indexed(self) -> bool:
         """Whether the tensors are in several files that an index lists."""
-        return self._main == _INDEX_FILE
+        return self.main == _INDEX_FILE
 
     @property
     def tensors(self) -> Mapping[str, TensorSpec]:
@@ -160,10 +170,10 @@ class TorchReader(FileReader):
         return blake3("\n".join(rows).encode("utf-8", "surrogatepass")).hexdigest()
 
     def side_files(self) -> Mapping[str, bytes]:
-        if nanochat.is_model(self._main):
-            return nanochat.side_files(self.folder, self._main)
-        found = dict(side_files.read(self.folder.path)) if self._main != self.path.name else {}
-        if self._main == _LITGPT_FILE:
+        if nanochat.is_model(self.main):
+            return nanochat.side_files(self.folder, self.main)
+        found = dict(side_files.read(self.folder.path)) if self.main != self.path.name else {}
+        if self.main == _LITGPT_FILE:
             found |= side_files.read(self.folder.path)
             names = [name for name in _LITGPT_SIDE_FILES if (self.folder.path / name).is_file()]
             found |= {name: self.folder.read_whole(name, _LARGEST_SIDE_BYTES) for name in names}

@@ -17,7 +17,7 @@ from typing import Any
 
 from pma.errors import InputError, UsageError, printable
 from pma.evaluation import write_documents
-from pma.formats import open_checkpoint
+from pma.formats import hf_trainer, open_checkpoint
 from pma.formats.strict_json import load_object
 from pma.pretraining.corpus import load_corpus
 from pma.pretraining.recipe import Recipe, from_tables
@@ -30,6 +30,7 @@ HELD_OUT_FILE = "held_out.txt"
 VALIDATION_FILE = "validation.txt"
 TOKENS_FILE = "tokens.npy"
 _LARGEST_RECORD_BYTES = 2**20
+_LARGEST_MERGE_RECORD_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,19 +44,34 @@ class Fork:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Resumption:
+    """A checkpoint of another run, or made from such, that training goes on from; the data of `skip_steps`
+    steps after it are left out.
+    """
+
+    checkpoint: Path
+    start_step: int
+    skip_steps: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunRecord:
     """What `run.json` says."""
 
     recipe: Recipe
     text: tuple[str, ...]
     fork: Fork | None = None
+    resumed: Resumption | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `run.json`."""
-        fork = None
-        if self.fork is not None:
-            fork = {**self.fork.__dict__, "checkpoint": str(self.fork.checkpoint)}
-        return {"pma_run": 1, "recipe": self.recipe.to_json(), "text": list(self.text), "fork": fork}
+        record = {"pma_run": 1, "recipe": self.recipe.to_json(), "text": list(self.text)}
+        record["fork"] = _plain(self.fork)
+        return record if self.resumed is None else {**record, "resumed": _plain(self.resumed)}
+
+
+def _plain(start: Fork | Resumption | None) -> dict[str, Any] | None:
+    return None if start is None else {**start.__dict__, "checkpoint": str(start.checkpoint)}
 
 
 def read_record(folder: Path) -> RunRecord:
@@ -65,11 +81,12 @@ def read_record(folder: Path) -> RunRecord:
         raise InputError(f"{folder} holds no {RECORD_FILE}; expected a run that `pma pretrain` made")
     value = load_object(path, _LARGEST_RECORD_BYTES)
     try:
-        fork = value.get("fork")
+        fork, resumed = value.get("fork"), value.get("resumed")
         return RunRecord(
             recipe=from_tables(value["recipe"], str(path)),
             text=tuple(value["text"]),
             fork=Fork(**{**fork, "checkpoint": Path(fork["checkpoint"])}) if fork else None,
+            resumed=Resumption(**{**resumed, "checkpoint": Path(resumed["checkpoint"])}) if resumed else None,
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged: {printable(repr(error))}") from error
@@ -93,8 +110,8 @@ def enter(folder: Path, asked: RunRecord) -> None:
             shutil.rmtree(folder / TEXT_FOLDER, ignore_errors=True)  # nothing was trained yet: start afresh
         elif changed:
             raise UsageError(
-                f"{folder} holds a run of another recipe, text, seed or fork ({_difference(before, asked)}); "
-                "choose another output"
+                f"{folder} holds a run of another recipe, text, seed or start "
+                f"({_difference(before, asked)}); choose another output"
             )
     save_json(folder / RECORD_FILE, asked.to_json())
 
@@ -162,6 +179,22 @@ def _link_or_copy(source: str, target: str) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The folder of the run that a checkpoint belongs to; for one that PMA made, that of its newest source.
+
+    Raises InputError where that is no run of ours, or is gone.
+    """
+    if (checkpoint / hf_trainer.RECORD_FILE).is_file():
+        value = load_object(checkpoint / hf_trainer.RECORD_FILE, _LARGEST_MERGE_RECORD_BYTES)
+        try:
+            return Path(str(value["sources"][-1]["path"])).parent
+        except (KeyError, IndexError, TypeError) as error:
+            raise InputError(
+                f"{checkpoint / hf_trainer.RECORD_FILE} is damaged: {printable(repr(error))}"
+            ) from error
+    return checkpoint.parent
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:

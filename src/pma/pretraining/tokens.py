@@ -61,10 +61,19 @@ class PackedSequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     data.
 
     The stream is cut into sequences of `context_tokens`; each epoch goes through all of them in an order of
-    its own.
+    its own. `skip`: from the sequence of the first number on, so many are left out.
     """
 
-    def __init__(self, tokens: NDArray[np.uint32], *, context_tokens: int, count: int, seed: int) -> None:
+    def __init__(
+        self,
+        tokens: NDArray[np.uint32],
+        *,
+        context_tokens: int,
+        count: int,
+        seed: int,
+        skip: tuple[int, int] = (0, 0),
+    ) -> None:
+        self._skip_from, self._skipped = skip
         self._tokens = tokens
         self._context_tokens = context_tokens
         self._count = count
@@ -80,6 +89,8 @@ class PackedSequences(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return self._count
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if index >= self._skip_from:
+            index += self._skipped
         epoch, position = divmod(index, self._an_epoch)
         if epoch not in self._orders:
             self._orders[epoch] = np.random.default_rng([self._seed, epoch]).permutation(self._an_epoch)

@@ -16,7 +16,7 @@ from pma.evaluation.quiet import quiet_transformers
 from pma.formats import hf_trainer
 from pma.pretraining import run_folder
 from pma.pretraining.recipe import ANNEALS, Recipe
-from pma.pretraining.run_folder import TOKENS_FILE, Fork, RunRecord
+from pma.pretraining.run_folder import TOKENS_FILE, Fork, Resumption, RunRecord
 from pma.pretraining.tokens import PackedSequences, load_tokens
 
 # called with (step, last step, newest logged loss or None)
@@ -92,6 +92,40 @@ def fork(
     return _train(out, record, steps, newest, progress)
 
 
+def resume(
+    checkpoint: Path,
+    out: Path,
+    *,
+    tokens: int | None = None,
+    skip_steps: int = 0,
+    progress: Progress | None = None,
+) -> Pretraining:
+    """Go on from `checkpoint`, of a run of ours or made from one by `pma init`, in the new run folder `out`.
+
+    Recipe, text, schedule and order of the data are that run's, up to `tokens` in all (its own length by
+    default). The data of the next `skip_steps` steps are left out; those behind them come in their place.
+    """
+    if skip_steps < 0:
+        raise UsageError(f"--skip-steps {skip_steps}: expected a count of steps")
+    before = run_folder.run_of(checkpoint)
+    trunk = run_folder.read_record(before)
+    step = hf_trainer.read_meta(checkpoint).step
+    if step is None or not (checkpoint / "optimizer.pt").is_file():
+        raise UsageError(
+            f"{checkpoint} holds no state of the Trainer to go on with; expected a checkpoint of a run, or "
+            "what `pma init RUN -o OUT` made of several"
+        )
+    run = replace(trunk.recipe.run, tokens=tokens or trunk.recipe.run.tokens)
+    start = Resumption(checkpoint=checkpoint.resolve(), start_step=step, skip_steps=skip_steps)
+    record = replace(trunk, recipe=replace(trunk.recipe, run=run), resumed=start)
+    steps = record.recipe.steps_for(run.tokens)
+    if steps <= step:
+        raise UsageError(f"{checkpoint} is at step {step} already, and the run ends at {steps}; say --tokens")
+    run_folder.enter(out, record)
+    run_folder.borrow_text(out, before)
+    return _train(out, record, steps, run_folder.newest_checkpoint(out) or (checkpoint, step), progress)
+
+
 def _train(
     out: Path, record: RunRecord, steps: int, newest: tuple[Path, int] | None, progress: Progress | None
 ) -> Pretraining:
@@ -134,6 +168,7 @@ def _trainer(out: Path, record: RunRecord, steps: int, newest: Path | None, prog
         context_tokens=recipe.text.context_tokens,
         count=steps * recipe.run.batch_sequences,
         seed=recipe.run.seed,
+        skip=_skip(record),
     )
     callbacks: list[Any] = [SaveEveryTokens(recipe.run.checkpoint_every_tokens, recipe.tokens_a_step, steps)]
     if progress is not None:
@@ -149,6 +184,14 @@ def _trainer(out: Path, record: RunRecord, steps: int, newest: Path | None, prog
     )
     trainer.remove_callback(PrinterCallback)  # it prints on stdout, which is for results
     return trainer
+
+
+def _skip(record: RunRecord) -> tuple[int, int]:
+    """From which sequence on how many are left out."""
+    if record.resumed is None:
+        return 0, 0
+    a_step = record.recipe.run.batch_sequences
+    return record.resumed.start_step * a_step, record.resumed.skip_steps * a_step
 
 
 def _check_model(recipe: Recipe) -> None:

@@ -13,18 +13,21 @@ from pma.trajectory.phases import Phase
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """The newest `last` checkpoints, `every` so many tokens or steps, up to step `at` (the newest by
-    default).
+    """The newest `last` checkpoints, `every` so many tokens or steps, up to step `at`, or to the newest
+    before step `before` (the newest by default).
     """
 
     last: int
     every: Steps | Tokens | None = None
     at: int | None = None
+    before: int | None = None
     allow_mixed_phases: bool = False
 
     def __post_init__(self) -> None:
         if self.last < 1:
             raise UsageError(f"--last {self.last}: a window has at least one checkpoint")
+        if self.at is not None and self.before is not None:
+            raise UsageError("--at ends the window at a step, --before-step before one; say one of them")
 
 
 def select(trajectory: Trajectory, window: Window) -> tuple[TrajectoryPoint, ...]:
@@ -33,11 +36,13 @@ def select(trajectory: Trajectory, window: Window) -> tuple[TrajectoryPoint, ...
     Raises UsageError, listing the checkpoints there are, where the window does not exist or crosses phases.
     """
     candidates = _up_to(trajectory.points, window.at)
+    if window.before is not None:
+        candidates = _before(candidates, window.before)
     if window.every is None:
         if len(candidates) < window.last:
             raise UsageError(
                 f"--last {window.last}: there are only {len(candidates)} complete checkpoints"
-                f"{f' up to step {window.at}' if window.at is not None else ''}: {_listed(candidates)}"
+                f"{_end(window)}: {_listed(candidates)}"
             )
         chosen = candidates[-window.last :]
     else:
@@ -52,6 +57,21 @@ def _up_to(points: Sequence[TrajectoryPoint], at: int | None) -> Sequence[Trajec
     if not ends:
         raise UsageError(f"--at {at}: no checkpoint of that step; there are {_listed(points)}")
     return points[: ends[0] + 1]
+
+
+def _before(points: Sequence[TrajectoryPoint], step: int) -> Sequence[TrajectoryPoint]:
+    earlier = [point for point in points if point.step is not None and point.step < step]
+    if not earlier:
+        raise UsageError(
+            f"--before-step {step}: no complete checkpoint before that step; there are {_listed(points)}"
+        )
+    return earlier
+
+
+def _end(window: Window) -> str:
+    if window.before is not None:
+        return f" before step {window.before}"
+    return f" up to step {window.at}" if window.at is not None else ""
 
 
 def _spaced(points: Sequence[TrajectoryPoint], last: int, every: Steps | Tokens) -> list[TrajectoryPoint]:
