@@ -328,6 +328,7 @@ FLAGS = {
     "eval": "--annealed --at --cloze --context --every --json --last --limit --merge --preset --scheme "
     "--tasks --text --weights",
     "report": "--json --out",
+    "spikes": "--grad-norm-name --json --last --log --loss-name --pattern --step-name",
     "pretrain": "--anneal --fork-from --json --learning-rate --out --resume-from --seed --skip-steps "
     "--skip-tokens --text --tokens",
     "init": "--allow-mixed-phases --allow-nonfinite --as-given --at --before-step --break-lock --every --for "
@@ -372,7 +373,8 @@ def test_the_root_offers_the_verbs_and_nothing_else() -> None:
 
     assert package.__all__ == [
         "Choice", "MergeOptions", "Steps", "Tokens", "Window", "__version__", "average", "discover",
-        "evaluate", "fork", "init", "inspect", "location", "merge", "plan", "pretrain", "verify",
+        "evaluate", "fork", "init", "inspect", "location", "merge", "plan", "pretrain", "spikes",
+        "verify",
     ]  # fmt: skip
     for name in package.__all__:
         assert getattr(package, name) is not None
