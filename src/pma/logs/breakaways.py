@@ -63,7 +63,7 @@ class Thresholds:
 
 
 THRESHOLDS: Mapping[Quantity, Thresholds] = {
-    "loss": Thresholds(single=12, sustained=6, inside=4, least_mad=1e-3),
+    "loss": Thresholds(single=16, sustained=5, inside=4, least_mad=1e-3),
     "grad_norm": Thresholds(single=30, sustained=12, inside=6, least_mad=0.02),
 }
 
