@@ -377,7 +377,8 @@ def test_the_root_offers_the_verbs_and_nothing_else() -> None:
 
     assert package.__all__ == [
         "Choice", "MergeOptions", "Steps", "Tokens", "Window", "__version__", "average", "discover",
-        "evaluate", "fork", "init", "inspect", "location", "merge", "plan", "pretrain", "verify",
+        "evaluate", "fork", "init", "inspect", "location", "merge", "plan", "pretrain", "spikes",
+        "verify",
     ]  # fmt: skip
     for name in package.__all__:
         assert getattr(package, name) is not None

@@ -12,12 +12,13 @@ from pma.trajectory.discover import (
 )
 from pma.trajectory.phases import Phase
 from pma.trajectory.presets import Preset, fitted, preset
-from pma.trajectory.way_past import WayPast, ways_past
+from pma.trajectory.way_past import Spikes, WayPast, spikes, ways_past
 from pma.trajectory.window import Window, of_one_phase, select
 
 __all__ = [
     "Phase",
     "Preset",
+    "Spikes",
     "Trajectory",
     "TrajectoryPoint",
     "WayPast",
@@ -30,5 +31,6 @@ __all__ = [
     "preset",
     "resolve",
     "select",
+    "spikes",
     "ways_past",
 ]
