@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from pma import __version__
-from pma.cli import evaluating, merging, sweeping, training
+from pma.cli import evaluating, merging, sweeping, training, watching
 from pma.cli.output import say
 from pma.errors import Interrupted
 
@@ -31,6 +31,7 @@ merging.register(app)
 sweeping.register(app)
 evaluating.register(app)
 training.register(app)
+watching.register(app)
 
 
 def _print_version(asked: bool) -> None:
