@@ -328,6 +328,9 @@ FLAGS = {
     "eval": "--annealed --at --cloze --context --every --json --last --limit --merge --preset --scheme "
     "--tasks --text --weights",
     "report": "--json --out",
+    "watch": "--allow-mixed-phases --cloze --context --every --every-checkpoint --json --keep-window --last "
+    "--limit --memory --once --out --pattern --poll --port --scheme --store --tasks --text --threads --wandb "
+    "--weights",
     "pretrain": "--anneal --fork-from --json --learning-rate --out --seed --text --tokens",
 }
 

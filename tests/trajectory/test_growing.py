@@ -15,8 +15,8 @@ from pma.types import CheckpointMeta
 
 
 class Trainer:
-    """Writes checkpoints of no weights to speak of, with a log of loss and rate every 5 steps; its clock moves
-    on with every file.
+    """Writes checkpoints of no weights to speak of, with a log of loss and rate every 5 steps; its clock
+    moves on with every file.
     """
 
     def __init__(self, run: Path) -> None:
@@ -150,7 +150,7 @@ def test_what_is_kept_stands_in_for_what_the_trainer_removed(tmp_path: Path) -> 
     shutil.rmtree(tmp_path / "checkpoint-10")
     looked = growing.look()
     assert looked.landed == ()
-    assert [point.path for point in looked.trajectory.points][0] == kept
+    assert looked.trajectory.points[0].path == kept
     assert plain(looked.trajectory) == plain(trajectory.discover([tmp_path]))
     # the trainer went back: what is kept of the dead lineage is left out by its log, as any other
     trainer.resume(tmp_path / "checkpoint-20")

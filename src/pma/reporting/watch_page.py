@@ -106,7 +106,7 @@ def watch_lead(points: Sequence[Mapping[str, Any]]) -> str:
         if measured.merged in values:
             gain, error = values[measured.gain], values[f"{measured.gain}_error"]
             merged = f"the merge of the last {len(point['window'])} has {values[measured.merged]:.4f}"
-            raw += f", {merged}: better by {gain:.4f} ± {error:.4f}"
+            raw += f", {merged}: {'better' if gain >= 0 else 'worse'} by {abs(gain):.4f} ± {error:.4f}"
         said.append(raw)
     return f"{where}: {'; '.join(said)}."
 
