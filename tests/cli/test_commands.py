@@ -338,6 +338,9 @@ FLAGS = {
     "init": "--allow-mixed-phases --allow-nonfinite --as-given --at --before-step --break-lock --every --for "
     "--fresh --inside-run --json --last --memory --optimizer --out --pattern --preset --scheme --staging "
     "--threads --weights",
+    "watch": "--allow-mixed-phases --cloze --context --every --every-checkpoint --json --keep-window --last "
+    "--limit --memory --once --out --pattern --poll --port --scheme --store --tasks --text --threads --wandb "
+    "--weights",
 }
 
 
