@@ -4,6 +4,7 @@ merges must come to is plain arithmetic.
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def judge(seen: list[str] | None = None) -> Judge:
 def watching(run: Path, wanted: Wanted | None = None, **how: Any) -> Watch:
     """A watch over `run` with the fake evaluation."""
     how.setdefault("judge", judge())
+    how.setdefault("clock", count(step=10).__next__)  # nothing is put off for having been done just now
     given = {"growing": Growing(run), "store": Store(run / ".pma" / "results.sqlite"), **how}
     return Watch(wanted=wanted or Wanted(last=3), **given)
 

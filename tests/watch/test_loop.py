@@ -352,7 +352,7 @@ class Pages:
 
 def test_the_page_is_written_with_news_and_at_the_end(tmp_path: Path) -> None:
     pages, sleeps = Pages(), []
-    watch = watching(tmp_path, page=pages)
+    watch = watching(tmp_path, page=pages, clock=lambda: 7.0 * len(sleeps))
 
     def sleep(seconds: float) -> None:
         sleeps.append(seconds)

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeVar
 
 from pma.errors import printable
 from pma.quantities import count_text
-from pma.reporting.charts import COLOURS, finished, require_altair
+from pma.reporting.charts import COLOURS, finished, require_altair, scale_of
 from pma.reporting.page import Section, Status, render
+
+T = TypeVar("T")
 
 # with thousands of points a page would grow without end: older ones are thinned out
 MOST_DRAWN = 300
 _NEWEST_DRAWN = 100
 _ROWS = 15
+_MANY = 40
 _WIDTH = 760
 _NORMAL_95 = 1.96
 _LEFT_BEHIND = "#c3cad1"
@@ -57,13 +60,15 @@ class Watched:
     """What is shown. A point: step, tokens (or None), window (steps), note (or None) and values, as
     `watch.Point` has them.
 
-    `abandoned`: points of lineages that restarts left behind. `waiting`: what is there and not taken.
-    `written`: when, in words. `reload_seconds`: None once the watch is over.
+    `points`: all that are drawn, see `thinned`, of `of_points`. `abandoned`: of lineages that restarts left
+    behind. `waiting`: what is there and not taken. `written`: when, in words. `reload_seconds`: None once the
+    watch is over.
     """
 
     run: str
     merge: str
     points: Sequence[Mapping[str, Any]]
+    of_points: int
     abandoned: Sequence[Mapping[str, Any]] = ()
     waiting: Sequence[str] = ()
     notes: Sequence[str] = ()
@@ -142,22 +147,20 @@ def _drawn(watched: Watched, measured: Measured) -> list[Section]:
     left = [point for point in watched.abandoned if measured.last in point["values"]]
     if not points and not left:
         return []
-    shown, left_shown = thinned(points), thinned(left)
     notes = [
-        f"Bars: the 95% interval of how much better {watched.merge} is than the raw checkpoint it ends with, "
-        "paired document by document or item by item. An evaluation of itself differs more from one text to "
-        "another."
+        "Bars: the 95% interval of a merge's gain over the raw checkpoint that it ends with, paired by "
+        "document or by item."
     ]
-    if len(shown) < len(points):
-        notes.append(f"Drawn: {len(shown)} of {len(points)} points; all are in the store.")
+    if len(watched.points) < watched.of_points:
+        notes.append(f"Drawn: {len(watched.points)} of {watched.of_points} points; all are in the store.")
     if left:
-        notes.append(f"Grey: {len(left)} points of lineages that the trainer left by going back.")
+        notes.append("Grey: points of lineages that the trainer left by going back.")
     heading = measured.title[0].upper() + measured.title[1:]
-    chart = watch_chart(shown, left_shown, measured, printable(watched.merge))
+    chart = watch_chart(points, left, measured, printable(watched.merge))
     return [Section(heading=f"{heading} over training", paragraphs=notes, chart=chart)]
 
 
-def thinned(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def thinned(points: Sequence[T]) -> list[T]:
     """At most `MOST_DRAWN` of the points: the newest, and evenly spread ones of those before."""
     if len(points) <= MOST_DRAWN:
         return list(points)
@@ -189,7 +192,9 @@ def watch_chart(
         legend=alt.Legend(orient="top", labelLimit=400, symbolOpacity=1),
     )
     base = alt.Chart(alt.Data(values=rows)).encode(color=colour)
-    y = alt.Y("value:Q", title=f"{measured.title} ({measured.unit})", scale=alt.Scale(zero=False))
+    # of few points all are shown, of many not the first steep fall
+    losses = [row["value"] for row in rows] if measured is LOSS and len(rows) >= _MANY else []
+    y = alt.Y("value:Q", title=f"{measured.title} ({measured.unit})", scale=scale_of(alt, losses))
     tooltip = [
         alt.Tooltip("model:N"),
         alt.Tooltip("step:Q", format=",d"),
@@ -198,11 +203,11 @@ def watch_chart(
         alt.Tooltip("averaged:Q", title="checkpoints averaged"),
     ]
     upper_x = alt.X("at:Q", title=None, axis=axis, scale=alt.Scale(zero=False))
-    lines = base.mark_line(strokeWidth=1.5).encode(x=upper_x, y=y, detail="line:N")
-    dots = base.mark_point(filled=True, opacity=1, size=_dot_size(rows)).encode(
+    lines = base.mark_line(strokeWidth=1.5, clip=True).encode(x=upper_x, y=y, detail="line:N")
+    dots = base.mark_point(filled=True, opacity=1, clip=True, size=_dot_size(rows)).encode(
         x=upper_x, y=y, tooltip=tooltip
     )
-    bars = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.5, opacity=0.55)
+    bars = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.5, opacity=0.55, clip=True)
     bars = bars.encode(x=upper_x, y=alt.Y("low:Q"), y2="high:Q")
     upper = (bars + lines + dots).properties(width=_WIDTH, height=300)
     lower_x = alt.X("at:Q", title=title, axis=axis, scale=alt.Scale(zero=False))

@@ -24,7 +24,7 @@ from pma.watch.points import History, Point, left_behind
 _MOST_ATTEMPTS = 3
 _RETRY_SECONDS = 30.0
 _NOTES_KEPT = 20
-_PAGE_SECONDS = 1.0
+_PAGE_SECONDS = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +102,8 @@ class Watch:
         self.unfinished = False
         if point is not None:
             self._evaluate(looked.trajectory, point)
-        more = self._next() is not None and not self.unfinished
-        self._show(soon=more)
-        return more
+        self._show()
+        return self._next() is not None and not self.unfinished
 
     def state(self, *, live: bool) -> State:
         """What there is to show."""
@@ -120,9 +119,9 @@ class Watch:
             live=live,
         )
 
-    def _show(self, *, soon: bool) -> None:
-        """Write the page where there is news; while more comes at once, not at every turn."""
-        if self.page is None or not self._changed or (soon and self.clock() < self._shown_at + _PAGE_SECONDS):
+    def _show(self) -> None:
+        """Write the page where there is news; at a later look, if it was written just now."""
+        if self.page is None or not self._changed or self.clock() < self._shown_at + _PAGE_SECONDS:
             return
         self.page.show(self.state(live=True))
         self._changed, self._shown_at = False, self.clock()

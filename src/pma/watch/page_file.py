@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pma.errors import printable
-from pma.reporting import PAGE_FILE, Watched, watch_page
+from pma.reporting import PAGE_FILE, Watched, thinned, watch_page
 from pma.watch.loop import State
 
 _RELOAD_SECONDS = 5
@@ -34,9 +34,10 @@ def _watched(state: State) -> Watched:
     run = state.run.resolve()
     return Watched(
         run=printable(run.name),
-        merge=f"merge: {wanted.scheme} of up to {wanted.last}{apart}",
-        points=[point.to_json() for point in state.points],
-        abandoned=[point.to_json() for point in state.abandoned],
+        merge=f"merged: {wanted.scheme} of up to {wanted.last}{apart}",
+        points=[point.to_json() for point in thinned(state.points)],
+        of_points=len(state.points),
+        abandoned=[point.to_json() for point in thinned(state.abandoned)],
         waiting=[f"{printable(path.name)}: {printable(reason)}" for path, reason in state.waiting],
         notes=[printable(note) for note in state.notes],
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
