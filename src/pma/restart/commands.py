@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from pma.engine import Plan, is_mixture_of_experts
 from pma.formats.dcp_checkpoint import DcpReader
 from pma.formats.hf_trainer import STATE_FILE
+from pma.formats.state_beside import WithState
 
 _RUN_FILE = "run.json"  # a run of `pma pretrain`
 _EXPERTS = (
@@ -32,6 +33,8 @@ def _hugging_face(plan: Plan, out: str) -> Answer:
             f"pma pretrain --resume-from {out} -o NEW_RUN",
             ("--skip-steps N or --skip-tokens N leaves out the data that come next",),
         )
+    if isinstance(plan.newest, WithState) and STATE_FILE not in plan.newest.copied:
+        return f'accelerator.load_state("{out}")', ()
     resume = f'resume_from_checkpoint="{out}"'
     if is_mixture_of_experts(plan.tensors):
         model = f'AutoModelForCausalLM.from_pretrained("{out}")'
@@ -81,7 +84,7 @@ def _plain_torch(plan: Plan, out: str) -> Answer:
             f"python -m scripts.base_train … --resume-from-step={step} --model-tag=TAG",
             (f"nanochat looks in base_checkpoints/TAG of its folder: move {out} there as TAG",),
         )
-    if STATE_FILE in plan.layout.records:
+    if file.name.startswith("pytorch_model"):
         return _hugging_face(plan, out)
     return f'torch.load("{path}", weights_only=True)', ()
 
