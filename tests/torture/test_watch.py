@@ -17,7 +17,7 @@ from pma.watch.page_file import PageFile
 
 from ..watch.fakes import land, settle, watching
 
-LANDINGS = int(__import__("os").environ.get("L", "5000"))
+LANDINGS = 5_000
 BLOCK = 500
 _SAVED = 3
 
@@ -84,7 +84,7 @@ def test_a_day_of_landings(quick_folder: Path, chance: random.Random) -> None:
             print(f"{number}: {measured[-1]}")
     (files, mib, _), (files_at_end, mib_at_end, _) = measured[1], measured[-1]
     assert files_at_end <= files + 1
-    # points themselves are kept: about a kilobyte each
+    # points themselves are kept: about two kilobytes each
     assert mib_at_end - mib < 24
     early, late = (
         statistics.median(m[2] for m in measured[1:4]),

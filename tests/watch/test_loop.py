@@ -282,8 +282,11 @@ def test_a_trainer_that_crashes_and_resumes(tmp_path: Path, *, rotate: bool) -> 
     assert again.history.abandoned == watch.history.abandoned
 
 
-def test_a_restart_that_saves_at_other_steps(tmp_path: Path) -> None:
-    """Resumed from 20, which is gone by then, and saved at 35: 30 is dead too, and only its log says so."""
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_restart_that_saves_at_other_steps(tmp_path: Path, *, watched: bool) -> None:
+    """Resumed from 20, which is gone by then, and saved at 35: 30 is dead too, and only its log says so. Also
+    where nobody watched meanwhile.
+    """
     watch = watching(tmp_path)
     for number in range(1, 5):
         land(tmp_path, 10 * number, float(number))
@@ -291,6 +294,8 @@ def test_a_restart_that_saves_at_other_steps(tmp_path: Path) -> None:
     for number in range(1, 5):
         shutil.rmtree(tmp_path / f"checkpoint-{10 * number}")
     land(tmp_path, 35, 7.0, logged={30: 9.0})
+    if not watched:
+        watch = watching(tmp_path)
     settle(watch)
     assert steps(watch.history.alive) == [10, 20, 35]
     assert steps(watch.history.abandoned) == [30, 40]

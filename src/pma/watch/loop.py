@@ -90,12 +90,14 @@ class Watch:
         self._failures: dict[Path, _Failure] = {}
         self._said: set[tuple[Path, str]] = set()
         self._looked = Look(trajectory=Trajectory(points=()))
+        self._may_have_gone_back = True  # while nobody watched
         self._changed, self._shown_at = True, -math.inf
 
     def look(self) -> bool:
         """Look once and evaluate at most one checkpoint; whether there is another to evaluate at once."""
         looked = self._looked = self.growing.look()
         self._note_waiting(looked)
+        self._may_have_gone_back |= looked.went_back
         self._keep(looked)
         self._take(looked)
         point = self._next()
@@ -189,8 +191,9 @@ class Watch:
         if made is None:
             self.history.same(point.path.name, mark)
             return None
-        if found.points[-1].step != made.step:
+        if found.points[-1].step != made.step or not self._may_have_gone_back:
             return made
+        self._may_have_gone_back = False
         dead = left_behind(self.history.alive, made.step, made.key, found.log)
         if dead:
             steps = ", ".join(str(p.step) for p in dead[:5]) + (" …" if len(dead) > 5 else "")
