@@ -10,7 +10,7 @@ from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -120,7 +120,8 @@ def with_means(
     missing = [path for path in dict.fromkeys(found) if path not in opened]
     opened.update(zip(missing, each_at_once(interval_mean.open_reader, missing), strict=True))
     names = [[n for n, spec in reader.tensors.items() if averaged(spec)] for reader in readers]
-    return [MeanReader(r, opened[p], n) for r, p, n in zip(readers, found, names, strict=True)]
+    made = [MeanReader(r, opened[p], n) for r, p, n in zip(readers, found, names, strict=True)]
+    return cast(list[CheckpointReader], made)
 
 
 def read_from(reader: CheckpointReader, tensor: str) -> str:
