@@ -5,10 +5,10 @@
 Takes turns between steps without a recorder, with one that adds at once, and with one that copies and adds by
 a thread; prints and writes the ratios of neighbouring steps (of their time, and of their processor time,
 which says more where others use the machine), the share of a step that `update` itself takes, and the time to
-store a mean: `benchmarks/results/recorder_overhead.json`. On the CPU the model is that of the recipe
-small-dense; a step there takes 128 sequences, here `--sequences`, so the share is that many times less there.
-Where there is a GPU, also a model of 100M parameters on it, with peaks of its memory; else it says that there
-is none.
+store a mean: `benchmarks/results/recorder_overhead.json`, under the number of sequences. On the CPU the model
+is that of the recipe small-dense; a step there takes 128 sequences, here `--sequences`, so the share is that
+many times less there. Where there is a GPU, also a model of 100M parameters on it, with peaks of its memory;
+else it says that there is none.
 """
 
 from __future__ import annotations
@@ -189,7 +189,9 @@ def main() -> None:
     result["gpu"] = (
         on_gpu(recipe, arguments.rounds) if torch.cuda.is_available() else "no GPU here: not measured"
     )
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    results[f"{arguments.sequences} sequences a step"] = result
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     cpu = result["cpu"]
     millions, step = cpu["parameters"] / 1e6, cpu["step_seconds"]["median"]
     print(f"{millions:.1f}M parameters on the CPU, a step of {arguments.sequences} sequences: {step:.2f} s")
