@@ -8,6 +8,7 @@ import pytest
 
 from pma import trajectory
 from pma.errors import UsageError
+from pma.pretraining.run_folder import newest_checkpoint
 from pma.quantities import Steps
 from pma.trajectory import KEPT_FOLDER, Growing
 from pma.verbs import Choice, Window, average
@@ -48,6 +49,16 @@ def test_the_window_outlives_the_trainers_rotation(tmp_path: Path) -> None:
     assert found.left_out == ()
     tensors = average(Choice(paths=(tmp_path,), window=Window(last=4)))
     assert float(tensors["w"][0]) == 5.5
+
+
+def test_pre_training_does_not_resume_from_what_is_kept(tmp_path: Path) -> None:
+    watch = keeping(tmp_path)
+    for number in range(1, 4):
+        land(tmp_path, 10 * number, float(number))
+        settle(watch)
+    shutil.rmtree(tmp_path / "checkpoint-30")
+    assert trajectory.discover([tmp_path]).points[-1].step == 30
+    assert newest_checkpoint(tmp_path) == (tmp_path / "checkpoint-20", 20)
 
 
 def test_with_a_distance_those_between_are_kept_too(tmp_path: Path) -> None:
