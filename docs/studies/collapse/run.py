@@ -30,12 +30,12 @@ from pma.trajectory import WayPast, Window
 from pma.verbs import Candidate, Choice
 
 HERE = Path(__file__).parent
-FIRST_PIECE, PIECE, LONGEST = 300, 50, 900  # steps of the run: so many, and more until it collapses
+FIRST_PIECE, PIECE, LONGEST = 250, 50, 500  # steps of the run: so many, and more until it collapses
 LAST = 3
 WITHIN = 20  # steps within which the collapse must be found
 HELD = 50  # steps past the place of the collapse that a continuation must get
-AFTER = 150  # steps past it that a continuation is trained
-TAIL = 50  # last steps, whose mean training loss is compared
+AFTER = 75  # steps past it that a continuation is trained
+TAIL = 25  # last steps, whose mean training loss is compared
 STARTS = ("merge", "rollback")
 DATA = ("same data", "data skipped")
 CHARACTERS_A_DOCUMENT = 1_000
@@ -43,8 +43,8 @@ CHARACTERS_A_DOCUMENT = 1_000
 
 @dataclass(frozen=True, kw_only=True)
 class Collapse:
-    """A run that collapsed: where, by a definition that has nothing to do with the detector, and the way
-    past that `pma spikes` tells.
+    """A run that collapsed: the first step worse than a uniform guess, which has nothing to do with the
+    detector, and the way past that `pma spikes` tells.
     """
 
     run: Path
@@ -75,7 +75,7 @@ def trunk(recipe: Recipe, seed: int, scratch: Path) -> Path:
 
 
 def collapse_of(run: Path, recipe: Recipe) -> Collapse | None:
-    """Where the run became worse than knowing nothing, having learned; None if it did not.
+    """Where the run, having learned, became worse than knowing nothing; None if it did not.
 
     Asserts that the detector tells it within 20 steps, from what had been logged by then.
     """
@@ -86,11 +86,12 @@ def collapse_of(run: Path, recipe: Recipe) -> Collapse | None:
     known = steps <= step + WITHIN
     found = [b for b in find(steps[known], losses[known], "loss") if b.last_step >= step]
     assert found, f"{run}: nothing was found within {WITHIN} steps of step {step}"
-    whole = trajectory.spikes(run)
-    way = next(w for w in whole.ways_past if w.breakaway.first_step == found[0].first_step)
+    ways = trajectory.spikes(run).ways_past
+    way = next(w for w in ways if w.breakaway.first_step == found[0].first_step)
     assert len(way.checkpoints) == LAST, way.reserve
-    first = {"first_step": found[0].first_step, "seen_step": found[0].seen_step}
-    return Collapse(run=run, step=step, way=way, first_alarm={**first, "kind": way.breakaway.kind.value})
+    told = way.breakaway
+    alarm = {"first_step": told.first_step, "seen_step": told.seen_step, "kind": told.kind.value}
+    return Collapse(run=run, step=step, way=way, first_alarm=alarm)
 
 
 def first_worse(
@@ -108,7 +109,8 @@ def go_on(collapse: Collapse, recipe: Recipe, start: str, data: str, scratch: Pa
     if start == "merge":
         merged = scratch / f"{collapse.run.name}-init"
         if not merged.is_dir():
-            window = Choice(paths=(collapse.run,), window=Window(last=LAST))
+            # checkpoints of the end of the warmup may be among them
+            window = Choice(paths=(collapse.run,), window=Window(last=LAST), allow_mixed_phases=True)
             verbs.init(window, merged, before_step=collapse.way.before_step)
         checkpoint = merged
     out = scratch / f"{collapse.run.name}-{start}-{data.replace(' ', '-')}"
@@ -129,7 +131,7 @@ def outcome(collapse: Collapse, recipe: Recipe, run: Path) -> dict[str, Any]:
         "passed": worse is None or worse > collapse.step + HELD,
         "worse_than_uniform_at": worse,
         "first_10_steps": float(losses[mine][:10].mean()),
-        "last_50_steps": float(losses[-TAIL:].mean()),
+        "last_25_steps": float(losses[-TAIL:].mean()),
         "losses": [round(float(v), 4) for v in losses[mine]],
     }
 
@@ -187,7 +189,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             else 1.0,
             "merge_less_rollback": {
                 key: paired([a[key] - b[key] for a, b in zip(arms["merge"], arms["rollback"], strict=True)])
-                for key in ("first_10_steps", "last_50_steps", "held_out")
+                for key in ("first_10_steps", "last_25_steps", "held_out")
             },
         }
     return told
