@@ -14,7 +14,7 @@ import torch
 
 from pma import engine, formats, trajectory
 from pma.engine import MergeOptions
-from pma.errors import FormatError
+from pma.errors import FormatError, InputError
 from pma.formats import megatron
 from pma.testing.contracts import read_whole
 from pma.testing.distributed import as_float64, load_dcp, torchrun
@@ -152,15 +152,12 @@ class Runs:
         return os.system, (self.command,)
 
 
-def test_a_common_state_that_runs_something_is_not_run(run: Path, tmp_path: Path) -> None:
-    """It is named, nothing of it is known, and the weights can be merged all the same."""
+def test_a_common_state_that_runs_something_is_refused(run: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(run / "iter_0000010", tmp_path / "run/iter_0000010")
     torch.save({"iteration": 10, "args": Runs(f"touch {tmp_path / 'canary'}")}, copy / "common.pt")
-    meta = formats.read_meta(copy)
-    assert (meta.step, meta.tokens) == (10, None)
-    assert "posix.system" in str(meta.tokens_source)
-    assert "common.pt" in str(meta.tokens_source)
-    merged([copy, run / "iter_0000020"], tmp_path / "out")
+    with pytest.raises(InputError, match=r"common\.pt.*posix\.system.*refused"):
+        merged([copy, run / "iter_0000020"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     assert not (tmp_path / "canary").exists()
 
 

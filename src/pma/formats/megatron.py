@@ -9,7 +9,8 @@ Source: megatron-core 0.16.1, `dist_checkpointing`; Megatron-LM `training/checkp
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from pma.formats.dcp_profiles import MEGATRON
 from pma.formats.folder import open_folder
 from pma.formats.strict_json import parse_object
 from pma.formats.torch_archive import read_archive
-from pma.formats.unpickling import Record
+from pma.formats.unpickling import Record, UnknownNameError
 from pma.types import CheckpointMeta, Layout, TensorSpec
 
 FORMAT = "megatron"
@@ -73,7 +74,11 @@ def detect(path: Path) -> bool:
 
 
 def open_reader(path: Path) -> Reader:
-    """Open a checkpoint: parses its `.metadata`, reads no tensor."""
+    """Open a checkpoint: parses its `.metadata` and its common state, reads no tensor.
+
+    Raises FormatError also for a common state that is hostile; one with classes that are not known is no
+    reason to refuse the weights.
+    """
     return Reader(path)
 
 
@@ -97,6 +102,11 @@ class Reader(DcpReader):
             self.ignored_files = (
                 f"{self.inner}{printable(raw[0])} ({len(raw)} raw optimizer buffers of dp_reshardable)",
             )
+        try:
+            self._check_common()
+        except BaseException:
+            self.close()
+            raise
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorSpec]:
@@ -112,15 +122,34 @@ class Reader(DcpReader):
         return _RELEASE if step is None or name == _RELEASE else f"iter_{step:07}"
 
     def common(self) -> Mapping[str, Any]:
-        """Megatron's common state as inert records. Raises FormatError where it holds what is not known."""
-        if (self.path / self.inner / _COMMON_FILE).is_file():
-            value = read_archive(self.folder, self.inner + _COMMON_FILE, records=_RECORDS).value
-        else:
-            name = next((n for n in self.tensors if _COMMON_ENTRY.fullmatch(n)), None)
-            value = self.value(name, _RECORDS) if name is not None else None
-            # megatron-core saves an object as the list of its shards
-            value = value[0] if isinstance(value, list) and value else value
+        """Megatron's common state as inert records. Raises UnknownNameError where it holds a class that is
+        not known, FormatError where it cannot be what Megatron wrote.
+        """
+        name = next(self._common_names(), None)
+        value = self._common_value(name) if name is not None else None
+        # megatron-core saves an object as the list of its shards
+        value = value[0] if isinstance(value, list) and value else value
         return value if isinstance(value, dict) else {}
+
+    def _check_common(self) -> None:
+        """What Megatron should not load is refused: it would go along with a merge as it is."""
+        for name in self._common_names():
+            with suppress(UnknownNameError):
+                self._common_value(name)
+
+    def _common_names(self) -> Iterator[str]:
+        """The file, then the entries: Megatron looks at one of them, a merge has them all."""
+        if (self.path / self.inner / _COMMON_FILE).is_file():
+            yield _COMMON_FILE
+        yield from filter(_COMMON_ENTRY.fullmatch, self.tensors)
+
+    def _common_value(self, name: str) -> Any:
+        if name == _COMMON_FILE:
+            return read_archive(self.folder, self.inner + name, records=_RECORDS).value
+        value = self.value(name, _RECORDS)
+        if value is None:
+            raise FormatError(f"{self.path}: {printable(name)} is too large, or no common state at all")
+        return value
 
 
 def read_meta(path: Path) -> CheckpointMeta:
@@ -163,7 +192,7 @@ def _meta(reader: Reader) -> CheckpointMeta:
     step = int(named["step"]) if named else None
     try:
         common = reader.common()
-    except FormatError as error:
+    except UnknownNameError as error:
         return CheckpointMeta(step=step, tokens_source=f"not known: {error}")
     recorded = _count(common.get("iteration"))
     arguments = common.get("args")

@@ -17,11 +17,16 @@ from types import MappingProxyType
 from typing import Any, NoReturn, final
 
 from pma.errors import FormatError, printable
+from pma.formats import hostile_names
 from pma.formats.pickle_scan import scan
 
 #: what the values of a pickle may take, unless a caller allows more
 BUDGET_BYTES = 40 * 2**20
 _COLLECTED_FROM_BYTES = 2**20
+
+
+class UnknownNameError(FormatError):
+    """A pickle is refused for nothing but a name that is not known, as a trainer's new class is."""
 
 
 class Record:
@@ -158,11 +163,13 @@ def unpickle(
     identity. `records`: names of classes and functions that become records. `persistent_load`: makes a value
     of a persistent id. `budget_bytes`: about how much memory its values may take.
 
-    Raises FormatError naming the first global that is not listed, or what else is wrong.
+    Raises FormatError for the first thing that is wrong; UnknownNameError if that is only a global that is
+    not listed and, as far as is known, does nothing when called (`hostile_names`).
     """
     scanned = scan(data, where, budget_bytes)
     known: dict[str, Any] = {}
-    for name in scanned.globals:
+    # what acts first, so that nothing unknown before it hides it
+    for name in sorted(dict.fromkeys(scanned.globals), key=hostile_names.acts, reverse=True):
         known[name] = _stand_in(name, globals, records, where)
     collecting = gc.isenabled() and len(data) > _COLLECTED_FROM_BYTES
     if collecting:  # nothing made here is garbage; looking for it doubles the time
@@ -187,7 +194,8 @@ def _stand_in(name: str, globals_: Mapping[str, Any], records: Collection[str], 
         return Named(name, found) if plain_function else found
     if name in records:
         return type("Record", (Record,), {"__slots__": (), "name": name})
-    raise FormatError(
+    refused = FormatError if hostile_names.acts(name) else UnknownNameError
+    raise refused(
         f"{where} is a pickle that asks for {printable(name)!r}, which is not among the names that a "
         "checkpoint of this format needs; it is refused, and nothing in it was run"
     )
