@@ -119,6 +119,9 @@ def _show(found: trajectory.Spikes, last: int) -> None:
     note(f"log: {sources[0]}{more}")
     for text in curves.notes:
         note(printable(text, 400))
+    if found.run is None:
+        for where, reason in found.left_out:
+            note(f"no checkpoints in {printable(str(where))}: {printable(reason, 400)}")
     span = f"{len(curves.steps)} entries, steps {int(curves.steps[0])} to {int(curves.steps[-1])}"
     if not ways:
         say(f"Nothing broke away in {span}.")
@@ -146,7 +149,7 @@ def _show_way(way: WayPast, run: Path | None, last: int) -> None:
     what = "gradient norm" if found.quantity == "grad_norm" else "loss"
     say(f"\n{what}, step {found.first_step}: {found.kind.words}")
     if run is None:
-        say("  no run with checkpoints was found beside the log; name the run, with --log")
+        say("  no run with checkpoints was found beside the log; name the run, with --log LOG")
         return
     if way.checkpoints:
         say(f"  checkpoints before: {', '.join(printable(p.path.name) for p in way.checkpoints)}")

@@ -54,13 +54,21 @@ def spikes(
     if path.is_dir() and is_checkpoint(path):
         raise UsageError(f"{path} is one checkpoint; give the run that it belongs to, or a log")
     curves = logs.read(log or path, names=names)
-    run, found = (path, discover([path], pattern)) if path.is_dir() else _run_above(path, pattern)
+    run, found = _run_at(path, pattern) if path.is_dir() else _run_above(path, pattern)
     return Spikes(
         curves=curves,
         ways_past=ways_past(found, logs.breakaways(curves), last=last),
         run=run,
         left_out=found.left_out,
     )
+
+
+def _run_at(folder: Path, pattern: str | None) -> tuple[Path | None, Trajectory]:
+    """A run that has logged but saved nothing yet, or a folder of logs, has breakaways too."""
+    try:
+        return folder, discover([folder], pattern)
+    except InputError as error:
+        return None, Trajectory(points=(), left_out=((folder, str(error)),))
 
 
 def _run_above(log: Path, pattern: str | None) -> tuple[Path | None, Trajectory]:
