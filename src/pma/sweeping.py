@@ -16,6 +16,7 @@ from blake3 import blake3
 
 from pma import engine, trajectory
 from pma.engine import SNAPSHOTS, MergeOptions, Plan
+from pma.engine.provenance import check_unchanged
 from pma.errors import FormatError, UsageError, printable
 from pma.evaluation.measures import TEXT, Measure, task_name
 from pma.formats.contracts import CheckpointReader
@@ -242,6 +243,7 @@ def evaluate(
         place = places[number]
         plan, merge = sweep.plans[place], sweep.keys[place]
         announce(f"evaluating {number + 1} of {len(places)}")
+        check_unchanged(plan)  # or a result would be kept under the name of what was there before
         scorer = make(tensors, plan.sources[-1].point.path, context_tokens=context_tokens)
         for measure in missing[place]:
             found = done[place][measure.name] = measure.run(merge[:12], scorer)

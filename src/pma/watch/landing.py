@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pma import averaging, sweeping, trajectory
 from pma.engine import MergeOptions
-from pma.engine.provenance import check_unchanged
 from pma.errors import UsageError
 from pma.evaluation.measures import Measure
 from pma.quantities import Steps, Tokens
@@ -108,18 +106,12 @@ def evaluated(
     window, why = window_at(found, step, wanted)
     lasts = (1,) if len(window) == 1 else (1, len(window))
     with sweeping.planned_over(found, _grid(lasts, step, wanted), wanted.options) as planned:
-        plans, key = planned.plans, planned.keys[planned.raw[step]]
+        key = planned.keys[planned.raw[step]]
         if known(key):
             return None
 
-        def load(tensors: Mapping[str, Any], like: Path, *, context_tokens: int | None) -> Any:
-            for plan in plans:  # or a result would be kept under the name of what was there before
-                check_unchanged(plan)
-            return make(tensors, like, context_tokens=context_tokens)
-
-        make = judge.load or _load_scorer
         results, _ = sweeping.evaluate(
-            planned, judge.measures, store, context_tokens=judge.context_tokens, load=load
+            planned, judge.measures, store, context_tokens=judge.context_tokens, load=judge.load
         )
         rows = {row["last"]: row for row in sweeping.rows(planned, results, judge.weights)}
     merged = rows[len(window)] if len(window) > 1 else None
@@ -144,12 +136,6 @@ def _grid(lasts: tuple[int, ...], step: int, wanted: Wanted) -> Grid:
         schemes=(wanted.scheme,),
         allow_mixed_phases=wanted.allow_mixed_phases,
     )
-
-
-def _load_scorer(tensors: Mapping[str, Any], like: Path, *, context_tokens: int | None) -> Any:
-    from pma.evaluation.model import load_scorer
-
-    return load_scorer(tensors, like, context_tokens=context_tokens)
 
 
 def _note(found: int, wanted: Wanted, why: str | None) -> str | None:
