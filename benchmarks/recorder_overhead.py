@@ -3,11 +3,12 @@
     python benchmarks/recorder_overhead.py [--sequences 16] [--rounds 7]
 
 Takes turns between steps without a recorder, with one that adds at once, and with one that copies and adds by
-a thread; prints and writes the ratios of neighbouring steps, the share of a step that `update` itself takes,
-and the time to store a mean: `benchmarks/results/recorder_overhead.json`. On the CPU the model is that of the
-recipe small-dense; a step there takes 128 sequences, here `--sequences`, so the share is that many times less
-there. Where there is a GPU, also a model of 100M parameters on it, with peaks of its memory; else it says
-that there is none.
+a thread; prints and writes the ratios of neighbouring steps (of their time, and of their processor time,
+which says more where others use the machine), the share of a step that `update` itself takes, and the time to
+store a mean: `benchmarks/results/recorder_overhead.json`, under the number of sequences. On the CPU the model
+is that of the recipe small-dense; a step there takes 128 sequences, here `--sequences`, so the share is that
+many times less there. Where there is a GPU, also a model of 100M parameters on it, with peaks of its memory;
+else it says that there is none.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ def timed(training: Training, call: Callable[[], None]) -> float:
 def measure(training: Training, rounds: int, steps_a_round: int) -> dict[str, Any]:
     """Each way in turns. A recorder made for a round is warmed up by one step before it is timed."""
     seconds: dict[str, list[float]] = {way: [] for way in _WAYS}
+    processor: dict[str, list[float]] = {way: [] for way in _WAYS}
     shares: dict[str, list[float]] = {way: [] for way in _WAYS if way != "without"}
     recorders = {
         way: Recorder(training.model, optimizer=training.optimizer, **settings)
@@ -116,17 +118,23 @@ def measure(training: Training, rounds: int, steps_a_round: int) -> dict[str, An
                         updated(way)
                         in_update += time.perf_counter() - started
 
+            before = time.process_time()
             seconds[way].append(timed(training, steps))
             if way in shares:
                 shares[way].append(100 * in_update / seconds[way][-1])
                 recorders[way]._feed.wait()  # what is left to add must not slow the next way's steps
+            processor[way].append(time.process_time() - before)
     with tempfile.TemporaryDirectory() as folder:
         storing = timed(training, lambda: recorders["at once"].save(folder) and None)
-    pairs = {way: [a / b for a, b in zip(seconds[way], seconds["without"], strict=True)] for way in recorders}
+    pairs, processor_pairs = (
+        {way: [a / b for a, b in zip(times[way], times["without"], strict=True)] for way in recorders}
+        for times in (seconds, processor)
+    )
     return {
         "parameters": training.parameters,
         "step_seconds": spread([value / steps_a_round for value in seconds["without"]]),
         "step_with_recorder_over_without": {way: spread(values) for way, values in pairs.items()},
+        "processor_time_with_recorder_over_without": {w: spread(v) for w, v in processor_pairs.items()},
         "percent_of_step_in_update": {way: spread(values) for way, values in shares.items()},
         "store_seconds": round(storing, 3),
     }
@@ -181,7 +189,9 @@ def main() -> None:
     result["gpu"] = (
         on_gpu(recipe, arguments.rounds) if torch.cuda.is_available() else "no GPU here: not measured"
     )
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    results[f"{arguments.sequences} sequences a step"] = result
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     cpu = result["cpu"]
     millions, step = cpu["parameters"] / 1e6, cpu["step_seconds"]["median"]
     print(f"{millions:.1f}M parameters on the CPU, a step of {arguments.sequences} sequences: {step:.2f} s")

@@ -28,6 +28,7 @@ _HOME = {
     "merge": "pma.verbs",
     "plan": "pma.verbs",
     "pretrain": "pma.pretraining",
+    "spikes": "pma.trajectory",
     "verify": "pma.engine",
 }
 
@@ -49,6 +50,7 @@ __all__ = [
     "merge",
     "plan",
     "pretrain",
+    "spikes",
     "verify",
 ]
 

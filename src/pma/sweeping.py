@@ -16,6 +16,7 @@ from blake3 import blake3
 
 from pma import engine, trajectory
 from pma.engine import SNAPSHOTS, MergeOptions, Plan
+from pma.engine.provenance import check_unchanged
 from pma.errors import FormatError, UsageError, printable
 from pma.evaluation.measures import TEXT, Measure, task_name
 from pma.formats.contracts import CheckpointReader
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 # an Evaluation or a TaskResult by the name of its measure
 Results = dict[str, Any]
+# called with tensors by name, the checkpoint whose configuration and tokenizer they go with, context_tokens
+Load = Callable[..., Any]
 STORE_FILE = Path(".pma") / "results.sqlite"
 
 
@@ -102,7 +105,13 @@ def planned(paths: Sequence[Path], grid: Grid, options: MergeOptions) -> Iterato
     """
     if trajectory.is_checkpoint(paths[0]):
         raise UsageError(f"{paths[0]} is a checkpoint; a sweep chooses windows from a run")
-    found = trajectory.resolve(paths)
+    with planned_over(trajectory.resolve(paths), grid, options) as sweep:
+        yield sweep
+
+
+@contextmanager
+def planned_over(found: Trajectory, grid: Grid, options: MergeOptions) -> Iterator[Sweep]:
+    """As `planned`, over checkpoints that were found before."""
     opened: dict[Path, CheckpointReader] = {}
     try:
         yield _Planner(found, grid, options, opened).sweep()
@@ -211,12 +220,13 @@ def evaluate(
     context_tokens: int | None = None,
     announce: Callable[[str], None] = lambda text: None,
     begin: Callable[[Sequence[Plan]], None] = lambda plans: None,
+    load: Load | None = None,
 ) -> tuple[dict[int, Results], int]:
     """Results by plan, of every cell and of the raw checkpoints, each by the measure's name; and how many of
-    them were in the store already. `begin` hears once of the plans that lack any.
+    them were in the store already. `begin` hears once of the plans that lack any. `load`: makes what the
+    measures score, by default `load_scorer`.
     """
-    from pma.evaluation.model import load_scorer
-
+    make = load or _load_scorer()
     store.prepare()
     done: dict[int, Results] = {place: {} for place in range(len(sweep.plans))}
     missing: dict[int, list[Measure]] = {}
@@ -233,7 +243,8 @@ def evaluate(
         place = places[number]
         plan, merge = sweep.plans[place], sweep.keys[place]
         announce(f"evaluating {number + 1} of {len(places)}")
-        scorer = load_scorer(tensors, plan.sources[-1].point.path, context_tokens=context_tokens)
+        check_unchanged(plan)  # or a result would be kept under the name of what was there before
+        scorer = make(tensors, plan.sources[-1].point.path, context_tokens=context_tokens)
         for measure in missing[place]:
             found = done[place][measure.name] = measure.run(merge[:12], scorer)
             store.put(merge, measure.key, merge=_described(plan), result=found.to_json())
@@ -242,6 +253,12 @@ def evaluate(
     if places:
         engine.sweep_in_memory([sweep.plans[place] for place in places], use)
     return done, len(sweep.plans) * len(measures) - sum(map(len, missing.values()))
+
+
+def _load_scorer() -> Load:
+    from pma.evaluation.model import load_scorer
+
+    return load_scorer
 
 
 def _read_back(measure: Measure, value: dict[str, Any], store: Store) -> Any:

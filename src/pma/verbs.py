@@ -5,23 +5,22 @@ one room.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pma import engine, formats, logs, restart, trajectory
+from pma import engine, formats, restart, trajectory
 from pma.engine import Merge, MergeOptions, Plan
 from pma.engine.provenance import RECORD_FILE, load
 from pma.errors import InputError, UsageError
 from pma.evaluation.text import Document, read_documents
 from pma.formats import interval_mean
-from pma.logs import TrainingCurves
 from pma.quantities import Tokens, distance_flag
 from pma.remote import location
 from pma.restart import Restart
-from pma.trajectory import Phase, Preset, Trajectory, TrajectoryPoint, WayPast, Window
+from pma.trajectory import Phase, Preset, Trajectory, TrajectoryPoint, Window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from pma.evaluation.tasks import Task, TaskResult
 
 HELD_OUT = Path("text") / "held_out.txt"
-_LOG_DEPTH = 3  # folders between a log and its run, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,50 +241,6 @@ def _mean_beside(path: Path) -> dict[str, Any] | None:
         return asdict(interval_mean.read_record(found)) if found is not None else None
     except InputError as error:
         return {"unusable_because": str(error)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spikes:
-    """Where a run's loss or gradient norm broke away; `run` is None where only a log was found."""
-
-    curves: TrainingCurves
-    ways_past: tuple[WayPast, ...]
-    run: Path | None
-    left_out: tuple[tuple[Path, str], ...] = ()
-
-
-def spikes(
-    path: Path,
-    *,
-    log: Path | None = None,
-    names: Mapping[str, str] | None = None,
-    pattern: str | None = None,
-    last: int = 3,
-) -> Spikes:
-    """The breakaways of a run, or of a log, with the newest `last` checkpoints before each.
-
-    `log`: the run's log where it is not in the run's folder; `names` as in `logs.read`. Of a log, the run is
-    the nearest folder above it that is one. Raises InputError where there is no log.
-    """
-    if path.is_dir() and trajectory.is_checkpoint(path):
-        raise UsageError(f"{path} is one checkpoint; give the run that it belongs to, or a log")
-    curves = logs.read(log or path, names=names)
-    run, found = (path, trajectory.discover([path], pattern)) if path.is_dir() else _run_above(path, pattern)
-    return Spikes(
-        curves=curves,
-        ways_past=trajectory.ways_past(found, logs.breakaways(curves), last=last),
-        run=run,
-        left_out=found.left_out,
-    )
-
-
-def _run_above(log: Path, pattern: str | None) -> tuple[Path | None, Trajectory]:
-    for folder in list(log.resolve().parents)[:_LOG_DEPTH]:
-        try:
-            return folder, trajectory.discover([folder], pattern)
-        except InputError:
-            continue
-    return None, Trajectory(points=())
 
 
 @dataclass(frozen=True, kw_only=True)

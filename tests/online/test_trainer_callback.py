@@ -187,7 +187,7 @@ def test_a_resume_without_state_says_that_tracks_begin_anew(
     assert "begin anew" in caplog.text
 
 
-def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_their_trainers_the_extras_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     import pma.online
@@ -196,3 +196,7 @@ def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delitem(sys.modules, "pma.online.trainer_callback")
     with pytest.raises(MissingExtra, match=r"pma-llm\[train\]"):
         _ = pma.online.RecorderCallback
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    monkeypatch.delitem(sys.modules, "pma.online.lightning_callback", raising=False)
+    with pytest.raises(MissingExtra, match=r"pma-llm\[lightning\]"):
+        _ = pma.online.LightningRecorder

@@ -42,11 +42,24 @@ def loss_at(checkpoint: Path, run: Path, step: int) -> float:
         return float(model(input_ids=ids, labels=ids).loss)
 
 
-@pytest.fixture(scope="module", params=[DENSE, MIXTURE], ids=["dense", "mixture"])
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("resumed")
-    pretrain(tiny_recipe(request.param, steps=16), root / "run", text=[str(tiny_text(root / "text"))])
+def trained(root: Path, model: dict[str, object]) -> Path:
+    pretrain(tiny_recipe(model, steps=16), root / "run", text=[str(tiny_text(root / "text"))])
     return root / "run"
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("dense"), DENSE)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("mixture"), MIXTURE)
+
+
+@pytest.fixture(params=["dense", "mixture"])
+def run(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
 
 
 def init(run: Path, out: Path, *, last: int = 2, **how) -> Path:
@@ -73,21 +86,21 @@ def test_one_checkpoint_goes_on_to_the_weights_of_the_run_itself(run: Path, tmp_
         assert weights(made.checkpoint) == weights(run / "checkpoint-16")
 
 
-def test_data_that_are_skipped(run: Path, tmp_path: Path) -> None:
-    start = init(run, tmp_path / "start")
+def test_data_that_are_skipped(dense: Path, tmp_path: Path) -> None:
+    start = init(dense, tmp_path / "start")
     made = resume(start, tmp_path / "skipping", skip_steps=5)
     assert made.step == 16
-    assert history(made.checkpoint, "loss")[13] == pytest.approx(loss_at(start, run, 17), abs=1e-5)
+    assert history(made.checkpoint, "loss")[13] == pytest.approx(loss_at(start, dense, 17), abs=1e-5)
     with pytest.raises(UsageError, match="skip_steps: 5 there, 4 asked for"):
         resume(start, tmp_path / "skipping", skip_steps=4)
 
 
-def test_a_resumed_run_that_is_killed_goes_on(run: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_that_is_killed_goes_on(dense: Path, tmp_path: Path) -> None:
     def stop(now: int, last: int, loss: float | None) -> None:
         if now == 18:
             raise KeyboardInterrupt
 
-    start = init(run, tmp_path / "start")
+    start = init(dense, tmp_path / "start")
     whole = resume(start, tmp_path / "whole", tokens=20 * 64, skip_steps=2)
     with pytest.raises(Interrupted):
         resume(start, tmp_path / "killed", tokens=20 * 64, skip_steps=2, progress=stop)
@@ -105,17 +118,17 @@ def test_sequences_after_a_gap() -> None:
         assert torch.equal(skipping[index]["input_ids"], expected)
 
 
-def test_an_annealed_fork_goes_on_annealing(run: Path, tmp_path: Path) -> None:
-    whole = fork(run / "checkpoint-8", tmp_path / "annealed", anneal="linear", tokens=8 * 64)
+def test_an_annealed_fork_goes_on_annealing(dense: Path, tmp_path: Path) -> None:
+    whole = fork(dense / "checkpoint-8", tmp_path / "annealed", anneal="linear", tokens=8 * 64)
     made = resume(tmp_path / "annealed" / "checkpoint-12", tmp_path / "again")
     assert weights(made.checkpoint) == weights(whole.checkpoint)
 
 
-def test_starts_that_cannot_be(run: Path, tmp_path: Path) -> None:
-    start = init(run, tmp_path / "start")
+def test_starts_that_cannot_be(dense: Path, tmp_path: Path) -> None:
+    start = init(dense, tmp_path / "start")
     with pytest.raises(UsageError, match="at step 12 already"):
         resume(start, tmp_path / "a", tokens=12 * 64)
-    verbs.init(Choice(paths=(run,), window=Window(last=2)), tmp_path / "weights", purpose="ct")
+    verbs.init(Choice(paths=(dense,), window=Window(last=2)), tmp_path / "weights", purpose="ct")
     with pytest.raises(UsageError, match="holds no state of the Trainer"):
         resume(tmp_path / "weights", tmp_path / "b")
     with pytest.raises(UsageError, match="count of steps"):

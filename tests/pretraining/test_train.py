@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+import pma
 from pma import trajectory
 from pma.errors import InputError, Interrupted, UsageError
 from pma.formats import interval_mean
@@ -202,3 +204,14 @@ def test_interval_means_can_be_left_out(tmp_path: Path) -> None:
     recipe = tiny_recipe(steps=4, interval_means=False)
     made = pretrain(recipe, tmp_path / "run", text=[str(tiny_text(tmp_path / "text"))])
     assert interval_mean.find(made.checkpoint) is None
+
+
+def test_a_merge_takes_the_means_that_training_stored(tmp_path: Path) -> None:
+    made = pretrain(tiny_recipe(MIXTURE), tmp_path / "run", text=[str(tiny_text(tmp_path / "text"))])
+    out = tmp_path / "merged"
+    choice = pma.Choice(paths=(made.run,), window=pma.Window(last=3))
+    pma.merge(choice, out, pma.MergeOptions(use="interval-means"))
+    means = [load_file(interval_mean.find(made.run / f"checkpoint-{last}")) for last in (4, 8, 12)]
+    for name, tensor in load_file(out / "model.safetensors").items():
+        expected = sum(mean[name].double() for mean in means) / 3
+        assert torch.equal(tensor, expected.float()), name

@@ -107,7 +107,7 @@ def loss_of_step_8(runs: Path) -> float:
 
 def test_commands(runs: Path, tmp_path: Path) -> None:
     made = init(runs / "torchtitan/checkpoint", tmp_path / "a", "newest")
-    assert f"--checkpoint.initial_load_path $(realpath {tmp_path / 'a'})" in made.resume_command
+    assert f"--checkpoint.initial_load_path {tmp_path / 'a'} " in made.resume_command
     assert "still empty" in made.notes[0]
     assert any("exp_avg (21)" in kept for kept in made.kept)
     chosen = Choice(paths=(runs / "accelerate",), window=Window(last=3))

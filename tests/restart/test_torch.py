@@ -205,9 +205,9 @@ def test_a_merge_of_one_goes_on_to_the_same_weights(trained: Trained, tmp_path: 
 
 def test_commands(trained: Trained, tmp_path: Path) -> None:
     name, run, _ = trained
-    made = init(run, tmp_path / "out", "newest")
+    made = init(run, tmp_path / "out of it", "newest")
     if name == "litgpt":
-        assert made.resume_command == f"litgpt pretrain … --resume {tmp_path / 'out'}/lit_model.pth"
+        assert made.resume_command == f"litgpt pretrain … --resume '{tmp_path}/out of it/lit_model.pth'"
     else:
         assert "--resume-from-step=9" in made.resume_command
         assert "base_checkpoints/TAG" in made.notes[0]

@@ -7,6 +7,9 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +17,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from pma import engine, verbs
+from pma import engine, formats, verbs
 from pma.cli import app
 from pma.errors import InputError, MismatchError, UsageError
+from pma.remote import location
 from pma.testing import tiny_run
 from pma.trajectory import Window
 from pma.verbs import Choice
@@ -168,19 +172,38 @@ def test_another_stage_starts_from_what_a_merge_writes(run: Path, tmp_path: Path
 # ---- killed ----
 
 
-class Kill(BaseException):
-    """Stands in for a signal that nothing catches."""
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from pma import verbs
+from pma.engine import building
+from pma.trajectory import Window
+
+def killed(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+moment, run, out = sys.argv[1:]
+how = {}
+if moment == "streaming":
+    how["progress"] = killed
+elif moment == "records":  # files are whole, what completes the checkpoint is not there yet
+    building.FolderWriter.finish = killed
+else:  # all is written but for the rename
+    building.publish = killed
+chosen = verbs.Choice(paths=(Path(run),), window=Window(last=3), allow_mixed_phases=True)
+verbs.init(chosen, Path(out), optimizer="average", **how)
+"""
 
 
-def test_what_is_killed_never_looks_complete_and_goes_on(run: Path, tmp_path: Path) -> None:
-    def progress(read: int, written: int) -> None:
-        raise Kill
-
-    with pytest.raises(Kill):
-        init(run, tmp_path / "out", optimizer="average", progress=progress)
+@pytest.mark.parametrize("moment", ["streaming", "records", "rename"])
+def test_what_is_killed_never_looks_complete_and_goes_on(run: Path, tmp_path: Path, moment: str) -> None:
+    command = [sys.executable, "-c", KILLED, moment, str(run), str(tmp_path / "out")]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
-    assert not any(path.name == "trainer_state.json" for path in tmp_path.rglob("*"))
+    (left,) = tmp_path.iterdir()
+    assert formats.read_meta(left).incomplete is not None
     init(run, tmp_path / "out", optimizer="average")
+    assert not left.exists()
     assert engine.verify(tmp_path / "out", samples=None).findings == ()
 
 
@@ -197,6 +220,19 @@ def test_another_mode_does_not_go_on_with_an_interrupted_one(run: Path, tmp_path
     with pytest.raises(UsageError, match="its options were not the same"):
         init(run, tmp_path / "out", optimizer="reset")
     init(run, tmp_path / "out", optimizer="average")
+
+
+def test_runs_and_outputs_in_stores(run: Path, tmp_path: Path) -> None:
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    store.put(str(run), f"/{tmp_path.name}/run", recursive=True)
+    local, url = init(run, tmp_path / "out", optimizer="average"), f"memory://{tmp_path.name}"
+    made = init(location(f"{url}/run"), location(f"{url}/out"), optimizer="average")
+    assert (made.kept, made.averaged) == (local.kept, local.averaged)
+    for path in (tmp_path / "out").iterdir():
+        if path.name != "pma.json":
+            assert store.cat(f"/{tmp_path.name}/out/{path.name}") == path.read_bytes(), path.name
 
 
 # ---- bad input ----

@@ -95,8 +95,8 @@ def trained(scratch: Path, seed: int) -> Path:
     recipe = replace(recipe, run=replace(recipe.run, seed=seed))
     made = train._trainer
 
-    def with_means(*arguments: Any) -> Any:
-        trainer = made(*arguments)
+    def with_means(*arguments: Any, **how: Any) -> Any:
+        trainer = made(*arguments, **how)
         trainer.add_callback(KeepMeans(folder, recipe.steps_for(recipe.run.tokens)))
         return trainer
 

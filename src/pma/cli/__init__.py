@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from pma import __version__
-from pma.cli import evaluating, merging, restarting, spikes, sweeping, training
+from pma.cli import evaluating, merging, restarting, spikes, sweeping, training, watching
 from pma.cli.output import say
 from pma.errors import Interrupted
 
@@ -33,6 +33,7 @@ evaluating.register(app)
 spikes.register(app)
 training.register(app)
 restarting.register(app)
+watching.register(app)
 
 
 def _print_version(asked: bool) -> None:

@@ -122,8 +122,9 @@ def _show(done: restart.Restart, result: dict[str, Any]) -> None:
         if listed:
             say(f"  {what:<9} {', '.join(listed)}")
     show_cost(result)
-    say()
-    say("Go on with:" if done.optimizer is not None else "Start with:")
-    say(f"  {done.resume_command}")
+    if done.resume_command:  # nothing is known of a format that a plug-in brings
+        say()
+        say("Go on with:" if done.optimizer is not None else "Start with:")
+        say(f"  {done.resume_command}")
     for line in done.notes:
         say(f"  ({line})")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pma import verbs
+from pma import trajectory
 from pma.cli import options as flags
 from pma.cli.output import command, note, say, table
 from pma.errors import printable
@@ -61,7 +61,7 @@ def spikes(
     """
     given = {"step": step_name, "loss": loss_name, "grad_norm": grad_norm_name}
     names = {quantity: name for quantity, name in given.items() if name is not None}
-    found = verbs.spikes(path, log=log, names=names, pattern=pattern, last=last)
+    found = trajectory.spikes(path, log=log, names=names, pattern=pattern, last=last)
     if not json_output:
         _show(found, last)
     return {
@@ -112,13 +112,16 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None  # JSON has no NaN
 
 
-def _show(found: verbs.Spikes, last: int) -> None:
+def _show(found: trajectory.Spikes, last: int) -> None:
     curves, ways = found.curves, found.ways_past
     sources = [printable(str(source)) for source in curves.sources]
     more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
     note(f"log: {sources[0]}{more}")
     for text in curves.notes:
         note(printable(text, 400))
+    if found.run is None:
+        for where, reason in found.left_out:
+            note(f"no checkpoints in {printable(str(where))}: {printable(reason, 400)}")
     span = f"{len(curves.steps)} entries, steps {int(curves.steps[0])} to {int(curves.steps[-1])}"
     if not ways:
         say(f"Nothing broke away in {span}.")
@@ -146,7 +149,7 @@ def _show_way(way: WayPast, run: Path | None, last: int) -> None:
     what = "gradient norm" if found.quantity == "grad_norm" else "loss"
     say(f"\n{what}, step {found.first_step}: {found.kind.words}")
     if run is None:
-        say("  no run with checkpoints was found beside the log; name the run, with --log")
+        say("  no run with checkpoints was found beside the log; name the run, with --log LOG")
         return
     if way.checkpoints:
         say(f"  checkpoints before: {', '.join(printable(p.path.name) for p in way.checkpoints)}")

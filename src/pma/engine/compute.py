@@ -37,7 +37,7 @@ from pma.engine.work import Recipe
 from pma.errors import InputError, Interrupted, NonfiniteError, printable
 from pma.formats.contracts import CheckpointReader, requests_for
 from pma.formats.runs import Integers, whole_box
-from pma.types import DType
+from pma.types import DType, Role
 
 Buffer = NDArray[Any]
 _Where = tuple[Integers, list[tuple[int, int, str, int, int]]]
@@ -103,6 +103,8 @@ class BlockWorker:
             self._read(block, index, segments, number, 0, out)
             if span.dtype_in in STORAGE and not self._allow_nonfinite:
                 for piece in span.pieces:
+                    if newest.tensors[piece.tensor].role is Role.OTHER:
+                        continue  # a best score that is still infinite is no broken model
                     found = _first_nonfinite(newest, piece)
                     if found is not None:
                         raise _nonfinite(piece.tensor, newest, *found)

@@ -121,7 +121,8 @@ def find(checkpoint: Path) -> Path | None:
     Raises FormatError where there are both.
     """
     file, folder = file_of(checkpoint), checkpoint / MEAN_FOLDER
-    has_folder = checkpoint.is_dir() and (folder / RECORD_FILE).is_file()
+    # the folder first: in a store that is known from the checkpoint's own listing
+    has_folder = folder.is_dir() and (folder / RECORD_FILE).is_file()
     if file.is_file():
         if has_folder:
             raise FormatError(

@@ -4,7 +4,7 @@ of the optimizer, read tensor by tensor, and small files that are carried unopen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -22,12 +22,18 @@ from pma.formats.torch_contents import counts_of_steps, kept, spec_of, tensors_i
 from pma.formats.torch_writing import archive_layout
 from pma.types import Fragment, Layout, OutputFile, TensorSpec
 
-_TRAINER_OPTIMIZER = "optimizer.pt"
-#: what the Trainer needs beside weights and optimizer, last what completes the checkpoint
-_TRAINER_FILES = (
+#: the optimizer's files of the transformers Trainer and of accelerate, and what else they need, last what
+#: completes the Trainer's checkpoint
+_OPTIMIZERS = ("optimizer.pt", "optimizer*.bin")
+_OTHERS = (
     "scheduler.pt",
+    "scheduler*.bin",
+    "sampler*.bin",
+    "dl_state_dict*.bin",
     "scaler.pt",
     "rng_state*.pth",
+    "random_states_*.pkl",
+    "custom_checkpoint_*.pkl",
     "training_args.bin",
     hf_trainer.STATE_FILE,
 )
@@ -124,15 +130,13 @@ class WithState(FileReader):
 
 
 def with_trainer_state(weights: FileReader) -> FileReader:
-    """`weights` with what the transformers Trainer saved beside, where it saved an optimizer."""
-    if not weights.path.is_dir():
+    """`weights` with what the Trainer or accelerate saved beside, where it saved an optimizer."""
+    names = weights.folder.names() if weights.path.is_dir() else []
+    archives = _matching(names, _OPTIMIZERS)
+    if not archives:
         return weights
-    names = weights.folder.names()
-    if _TRAINER_OPTIMIZER not in names:
-        return weights
-    return WithState(weights, {_TRAINER_OPTIMIZER: _TRAINER_OPTIMIZER}, list(_matching(names)))
+    return WithState(weights, dict(zip(archives, archives, strict=True)), _matching(names, _OTHERS))
 
 
-def _matching(names: Sequence[str]) -> Iterator[str]:
-    for pattern in _TRAINER_FILES:
-        yield from (name for name in names if fnmatchcase(name, pattern))
+def _matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    return [name for pattern in patterns for name in names if fnmatchcase(name, pattern)]

@@ -21,7 +21,7 @@ from pma.logs.curves import Quantity, TrainingCurves
 # in entries of the log
 _LEVEL = 16  # whose median is the level
 _LAG = 8  # between the level and the value judged, so that a slow rise does not lift its own level
-_SCALE = 128  # residuals whose median and MAD are the measure
+_SCALE = 64  # residuals whose median and MAD are the measure
 _FEWEST = 32  # residuals before anything is judged
 _BACK = 5  # in a row inside: the curve has returned
 _BLIP = 3  # at most so many outside before it returned: a blip
@@ -63,8 +63,8 @@ class Thresholds:
 
 
 THRESHOLDS: Mapping[Quantity, Thresholds] = {
-    "loss": Thresholds(single=12, sustained=6, inside=4, least_mad=1e-3),
-    "grad_norm": Thresholds(single=30, sustained=12, inside=6, least_mad=0.02),
+    "loss": Thresholds(single=16, sustained=5, inside=4, least_mad=1e-3),
+    "grad_norm": Thresholds(single=40, sustained=12, inside=6, least_mad=0.02),
 }
 
 

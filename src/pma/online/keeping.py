@@ -85,8 +85,8 @@ class Kept:
             self.window.push(self.interval)
             self.interval = following
 
-    def mean(self, which: str | float | None) -> list[torch.Tensor]:
-        """See `Recorder.average`."""
+    def mean(self, which: str | float | None) -> Iterator[torch.Tensor]:
+        """See `Recorder.average`; one new tensor at a time, so that a device need not hold them all."""
         if which is None:
             which = "window" if self.window is not None and self.window.updates else "interval"
         if which == "interval":
@@ -108,7 +108,7 @@ class Kept:
         for track in self.tracks:
             if track.sigma == which:
                 _recorded(track.last_step, f"track {which:g}")
-                return [tensor.clone() for tensor in track.tensors]
+                return (tensor.clone() for tensor in track.tensors)
         have = ", ".join(f"{track.sigma:g}" for track in self.tracks) or "none"
         raise UsageError(f"no average {which!r}; there are interval, window, and tracks of widths: {have}")
 

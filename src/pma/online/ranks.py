@@ -61,7 +61,13 @@ def ranks_of(model: nn.Module, entries: Sequence[Entry]) -> Ranks:
     rank, count = dist.get_rank(), dist.get_world_size()
     if any(is_sharded(entry.live) for entry in entries):
         return Ranks(rank=rank, count=count, sharded=True)
-    if not _replicas(model):
+    group = _replicas(model)
+    if group is not None and group.size() != count:
+        raise UsageError(
+            f"the model is replicated over {group.size()} of {count} processes: the others train something "
+            "else (stages of a pipeline?), whose weights rank 0 cannot record"
+        )
+    if group is None:
         digests: list[Any] = [None] * count
         dist.all_gather_object(digests, _digest(entries))
         if len(set(digests)) > 1:
@@ -92,10 +98,12 @@ def as_dtensor(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return made
 
 
-def _replicas(model: nn.Module) -> bool:
+def _replicas(model: nn.Module) -> Any:
+    """The process group of DistributedDataParallel; None for any other model."""
     from torch.nn.parallel import DistributedDataParallel
 
-    return isinstance(getattr(model, "_orig_mod", model), DistributedDataParallel)
+    outer = getattr(model, "_orig_mod", model)
+    return outer.process_group if isinstance(outer, DistributedDataParallel) else None
 
 
 def _digest(entries: Sequence[Entry]) -> str:
@@ -104,6 +112,7 @@ def _digest(entries: Sequence[Entry]) -> str:
 
     seen = hashlib.sha256()
     for entry in entries:
-        total = entry.local.to(torch.complex128 if entry.local.is_complex() else torch.float64).sum().item()
+        wide = torch.complex128 if entry.local.is_complex() else torch.float64
+        total = entry.local.sum(dtype=wide).item()
         seen.update(f"{entry.name} {tuple(entry.local.shape)} {total!r}\n".encode())
     return seen.hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +17,7 @@ from pma.online.ranks import as_dtensor, ranks_of, unwrapped
 from pma.online.stored_names import AsStored, stored_by
 from pma.online.storing import need_folder, write_file, write_shards
 from pma.online.sums import Sum, together
-from pma.online.swapping import swapped
+from pma.online.swapping import in_order, swapped
 
 if TYPE_CHECKING:
     import torch
@@ -154,8 +154,7 @@ class Recorder:
         others. Raises UsageError where nothing was recorded.
         """
         self._feed.wait()
-        tensors = self._kept.mean(which)
-        return {entry.name: tensor for entry, tensor in zip(self._recorded, tensors, strict=True)}
+        return self._named(self._kept.mean(which))
 
     @contextmanager
     def applied(
@@ -167,8 +166,10 @@ class Recorder:
         """
         self._feed.wait()
         self._feed.hold()
-        averages = self.average(which) if tensors is None else tensors
-        broadcast = self._ranks.replicated and tensors is None
+        if tensors is None:
+            averages, broadcast = self._kept.mean(which), self._ranks.replicated
+        else:
+            averages, broadcast = in_order(self._entries, tensors), False
         with swapped(self._model, self._entries, averages, broadcast=broadcast):
             yield
 
@@ -221,6 +222,9 @@ class Recorder:
         found = [live.value_of(entry, self._masters) for entry in self._entries]
         return [value for value, _ in found][: len(self._recorded)], together(kind for _, kind in found)
 
+    def _named(self, averages: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {entry.name: average for entry, average in zip(self._recorded, averages, strict=True)}
+
     def _give(self, values: list[torch.Tensor], use: Any) -> None:
         if not values:
             return
@@ -233,8 +237,8 @@ class Recorder:
     def _write(self, checkpoint: Path, record: IntervalMean, interval: Sum) -> Path | None:
         if self._ranks.sharded:
             need_folder(checkpoint, "the interval's mean")
-            means = zip(self._recorded, interval.mean(), strict=True)
-            parts = {entry.name: as_dtensor(mean, entry.live) for entry, mean in means}
+            means = self._named(mean.to("cpu") for mean in interval.mean())
+            parts = {entry.name: as_dtensor(means[entry.name], entry.live) for entry in self._recorded}
             folder = checkpoint / MEAN_FOLDER
             write_shards(parts, folder, (RECORD_FILE, record.to_json()))
             return folder
@@ -242,10 +246,8 @@ class Recorder:
             return None
         path = file_of(checkpoint)
         need_folder(path.parent, "the interval's mean")
-        averages = {
-            entry.name: mean.to("cpu") for entry, mean in zip(self._recorded, interval.mean(), strict=True)
-        }
-        write_file(self._as_stored(averages), {METADATA_KEY: record.to_json()}, path)
+        means = self._named(mean.to("cpu") for mean in interval.mean())
+        write_file(self._as_stored(means), {METADATA_KEY: record.to_json()}, path)
         return path
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -43,10 +43,12 @@ class Sum:
         elif values:
             torch._foreach_add_(self.tensors, [wide(value) for value in values])
 
-    def mean(self) -> list[torch.Tensor]:
-        """The sums divided by the number of updates, each rounded once; new tensors where the sums are."""
+    def mean(self) -> Iterator[torch.Tensor]:
+        """The sums divided by the number of updates, each rounded once; new tensors where the sums are, one
+        at a time.
+        """
         # sum first, divide once: as merges do
-        return [divided(tensor, self.updates) for tensor in self.tensors]
+        return (divided(tensor, self.updates) for tensor in self.tensors)
 
 
 def together(averaged: Iterable[str]) -> str:

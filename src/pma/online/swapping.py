@@ -16,23 +16,21 @@ if TYPE_CHECKING:
 
 @contextmanager
 def swapped(
-    model: nn.Module, entries: Sequence[Entry], averages: Mapping[str, torch.Tensor], *, broadcast: bool
+    model: nn.Module, entries: Sequence[Entry], averages: Iterator[torch.Tensor], *, broadcast: bool
 ) -> Iterator[None]:
-    """The model has `averages` (this process's parts, by entry name) inside the block, its own weights after.
+    """The model has `averages` (this process's parts, in the order of entries) inside the block, its own
+    weights after. Whatever ends the block, the weights come back.
 
-    `broadcast`: the averages are rank 0's alone, so every rank enters the block and is sent them. Whatever
-    ends the block, the weights come back.
+    `broadcast`: only rank 0 has averages, so every rank enters the block and is sent them.
     """
     import torch
 
-    if not broadcast:
-        _check(entries, averages)
     with torch.no_grad():
         own = [entry.local.clone() for entry in entries]
     try:
         with torch.no_grad():
             for entry in entries:
-                _put(entry.local, averages.get(entry.name), broadcast)
+                _put(entry.local, next(averages, None), broadcast)
         reshard(model)  # what FSDP2 still holds gathered are the weights
         yield
     finally:
@@ -42,15 +40,17 @@ def swapped(
         reshard(model)  # and now the averages
 
 
-def _check(entries: Sequence[Entry], averages: Mapping[str, torch.Tensor]) -> None:
-    for entry in entries:
-        average = averages.get(entry.name)
-        if average is None or average.shape != entry.local.shape:
-            found = "missing" if average is None else f"of shape {tuple(average.shape)}"
+def in_order(entries: Sequence[Entry], tensors: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Tensors by name in the order of entries. Raises MismatchError unless all fit, before any is used."""
+    found = [tensors.get(entry.name) for entry in entries]
+    for entry, tensor in zip(entries, found, strict=True):
+        if tensor is None or tensor.shape != entry.local.shape:
+            what = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
             raise MismatchError(
-                f"average of {printable(entry.name)} is {found}, expected {tuple(entry.local.shape)} as in "
+                f"average of {printable(entry.name)} is {what}, expected {tuple(entry.local.shape)} as in "
                 "the model"
             )
+    return (tensor for tensor in found if tensor is not None)
 
 
 def _put(place: torch.Tensor, average: torch.Tensor | None, broadcast: bool) -> None:
@@ -62,6 +62,6 @@ def _put(place: torch.Tensor, average: torch.Tensor | None, broadcast: bool) -> 
         if average is not None:
             sent.copy_(average)
         dist.broadcast(sent, src=0)
-        place.copy_(sent)
-    elif average is not None:
-        place.copy_(average)
+        average = sent
+    assert average is not None, "as many averages as entries"
+    place.copy_(average)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pma.online.sums import Sum, divided
@@ -31,14 +32,13 @@ class SlidingWindow:
         """Steps that are in the window's mean."""
         return sum(entry.updates for entry in self.sums)
 
-    def mean(self) -> list[torch.Tensor]:
-        """Every recorded step with the same weight: sums added oldest first in fp32, divided once."""
-        if not self.sums:
-            return []
-        import torch
-
-        total = [tensor.clone() for tensor in self.sums[0].tensors]
-        for entry in list(self.sums)[1:]:
-            if total:
-                torch._foreach_add_(total, entry.tensors)
-        return [divided(tensor, self.updates) for tensor in total]
+    def mean(self) -> Iterator[torch.Tensor]:
+        """Every recorded step with the same weight: sums added oldest first in fp32, divided once; one tensor
+        at a time.
+        """
+        updates = self.updates
+        for sums in zip(*(entry.tensors for entry in self.sums), strict=True):
+            total = sums[0].clone()
+            for later in sums[1:]:
+                total += later
+            yield divided(total, updates)

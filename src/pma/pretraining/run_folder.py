@@ -206,6 +206,8 @@ def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
     except InputError:
         return None  # all there is, is incomplete
     for point in reversed(points):
+        if point.path.parent != folder:
+            continue  # kept to be averaged, perhaps without the optimizer's state
         try:
             open_checkpoint(point.path).close()
         except InputError:

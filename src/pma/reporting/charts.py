@@ -46,7 +46,7 @@ def training_chart(series: Sequence[Series]) -> Any:
     y = alt.Y(
         "loss:Q",
         title="training loss (nats a token)",
-        scale=_scale(alt, [y for s in series for _, y in s.losses]),
+        scale=scale_of(alt, [y for s in series for _, y in s.losses]),
     )
     base = alt.Chart(alt.Data(values=loss_rows)).encode(
         x=alt.X("tokens:Q", title=None, axis=alt.Axis(format="~s", tickCount=8))
@@ -127,8 +127,8 @@ def _colours(alt: Any, kind_of: Mapping[str, str]) -> Any:
     )
 
 
-def _scale(alt: Any, values: Sequence[float]) -> Any:
-    """Cut off the first steep fall, which would flatten all the rest."""
+def scale_of(alt: Any, values: Sequence[float]) -> Any:
+    """A scale for losses over training. Cut off the first steep fall, which would flatten all the rest."""
     if not values:
         return alt.Scale(zero=False)
     ordered = sorted(values)

@@ -6,6 +6,7 @@ import html
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 
@@ -37,15 +38,28 @@ th:first-child, td:first-child { text-align: left; white-space: normal; }
 th { font-weight: 600; }
 .wide, .chart { width: 100%; overflow-x: auto; }
 pre { background: #f4f5f7; padding: .5rem .8rem; overflow-x: auto; margin: .2rem 0 .8rem; font-size: .85rem; }
+p.status { color: #6a7480; font-size: .85rem; margin: 0 0 .8rem; }
+p.status::before { content: "●"; margin-right: .4rem; color: #9aa3ad; }
+p.status.live::before { color: #2f9d5b; }
 footer { color: #6a7480; font-size: .85rem; margin: 3rem 0 1rem; }
 """
 
 
-def render(title: str, lead: str, sections: Sequence[Section], footer: str) -> str:
-    """A complete page. All text is escaped: names may come from untrusted files."""
-    import vl_convert
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """A line below the title. `reload_seconds`: the page reloads itself so often; None once nothing more
+    comes.
+    """
 
-    body = [f"<h1>{html.escape(title)}</h1>", f'<p class="lead">{html.escape(lead)}</p>']
+    text: str
+    reload_seconds: int | None = None
+
+
+def render(
+    title: str, lead: str, sections: Sequence[Section], footer: str, status: Status | None = None
+) -> str:
+    """A complete page. All text is escaped: names may come from untrusted files."""
+    body = [f"<h1>{html.escape(title)}</h1>", *_status(status), f'<p class="lead">{html.escape(lead)}</p>']
     charts: list[dict[str, Any]] = []
     for section in sections:
         body.append(f"<h2>{html.escape(section.heading)}</h2>")
@@ -63,15 +77,32 @@ def render(title: str, lead: str, sections: Sequence[Section], footer: str) -> s
         # a "<" in a name could end the script element early; in JSON it can be written by its number
         specs = json.dumps(charts).replace("<", "\\u003c")
         # the specifications come first: the bundle ends with the snippet that draws them
-        script = (
-            f'<script type="module">const specs = {specs};\n{vl_convert.javascript_bundle(_DRAW)}</script>'
-        )
+        script = f'<script type="module">const specs = {specs};\n{_bundle()}</script>'
+    reload = ""
+    if status is not None and status.reload_seconds is not None:
+        reload = f'<meta http-equiv="refresh" content="{status.reload_seconds:d}">'
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         '<link rel="icon" href="data:,">'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>\n'
+        f'<meta name="viewport" content="width=device-width">{reload}<style>{_STYLE}</style></head>\n'
         f"<body>{''.join(body)}{script}</body></html>\n"
     )
+
+
+@cache
+def _bundle() -> str:
+    """What draws the charts: the same for every page, and slow to make."""
+    import vl_convert
+
+    bundle: str = vl_convert.javascript_bundle(_DRAW)
+    return bundle
+
+
+def _status(status: Status | None) -> list[str]:
+    if status is None:
+        return []
+    kind = "status" if status.reload_seconds is None else "status live"
+    return [f'<p class="{kind}">{html.escape(status.text)}</p>']
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -4,7 +4,6 @@ for, everything else is the newest checkpoint's.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,7 +76,7 @@ def write(plan: Plan, out: Path, *, optimizer: str, purpose: str, **how: Unpack[
     kept, reset, averaged = treated(plan)
     if resuming and not plan.options.with_optimizer:
         kept, reset = (*kept, "steps and schedule"), (*reset, "moments and their counts of steps")
-    command, notes = how_to_go_on(plan, shlex.quote(str(out)), resuming=resuming)
+    command, notes = how_to_go_on(plan, out, resuming=resuming)
     missing = plan.newest.left_out(plan.layout.tensors) if resuming else ()
     notes += tuple(f"left out, because it cannot be written as it was: {printable(n)}" for n in missing)
     done = engine.write(plan, out, **how)

@@ -10,6 +10,7 @@ from pma.engine import Plan
 from pma.engine.blocks import Policy
 from pma.errors import InputError, MismatchError, UsageError, printable
 from pma.formats.contracts import CheckpointReader
+from pma.formats.hf_trainer import STATE_FILE
 from pma.formats.state_beside import WithState
 from pma.formats.torch_contents import TRAINING, counts_of_steps
 from pma.formats.torch_files import TorchReader
@@ -94,10 +95,10 @@ def _groups(value: Any, depth: int = 4) -> list[Any]:
 
 
 def _check_files(newest: WithState) -> None:
-    if "optimizer.pt" in newest.values and "scheduler.pt" not in newest.copied:
+    if STATE_FILE in newest.copied and "scheduler.pt" not in newest.copied:
         raise InputError(
-            f"{newest.path} has optimizer.pt but no scheduler.pt: the Trainer loads both or neither, and "
-            "would silently begin its schedule anew. Weights alone: --for ct"
+            f"{newest.path} has the optimizer's state but no scheduler.pt: the Trainer loads both or "
+            "neither, and would silently begin its schedule anew. Weights alone: --for ct"
         )
 
 

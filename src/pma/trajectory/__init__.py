@@ -3,6 +3,7 @@ over.
 """
 
 from pma.trajectory.discover import (
+    KEPT_FOLDER,
     Trajectory,
     TrajectoryPoint,
     discover,
@@ -10,14 +11,19 @@ from pma.trajectory.discover import (
     is_checkpoint,
     resolve,
 )
+from pma.trajectory.growing import Growing, Look
 from pma.trajectory.phases import Phase
 from pma.trajectory.presets import Preset, fitted, preset
-from pma.trajectory.way_past import WayPast, ways_past
+from pma.trajectory.way_past import Spikes, WayPast, spikes, ways_past
 from pma.trajectory.window import Window, of_one_phase, select
 
 __all__ = [
+    "KEPT_FOLDER",
+    "Growing",
+    "Look",
     "Phase",
     "Preset",
+    "Spikes",
     "Trajectory",
     "TrajectoryPoint",
     "WayPast",
@@ -30,5 +36,6 @@ __all__ = [
     "preset",
     "resolve",
     "select",
+    "spikes",
     "ways_past",
 ]

@@ -5,7 +5,7 @@ surviving lineage.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -14,9 +14,13 @@ from typing import Any
 from pma import formats
 from pma.errors import InputError, UsageError, printable
 from pma.formats import hf_trainer, interval_mean
-from pma.remote import each_at_once
+from pma.remote import RemotePath, each_at_once
 from pma.trajectory.phases import Phase, phase_at
 from pma.types import CheckpointMeta, TrainingLog
+
+#: in a run: checkpoints that PMA keeps by hard links, for when the trainer has removed its own
+KEPT_FOLDER = Path(".pma") / "kept"
+NamedStep = Callable[[str], int | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,30 +82,63 @@ def discover(roots: Sequence[Path], pattern: str | None = None) -> Trajectory:
     `pattern`: a regular expression that the names of checkpoints match whole, for trainers whose names we do
     not know; a group `step` says their step where no record does.
 
+    What PMA keeps of a run (`KEPT_FOLDER`) stands in for checkpoints that the trainer has removed.
+
     Raises InputError where a root is missing, is a file, or holds no checkpoint.
     """
     found: list[tuple[Path, CheckpointMeta]] = []
     left_out: list[tuple[Path, str]] = []
     for root in roots:
-        inside = list(_checkpoints(root, _compiled(pattern)))
-        metas = each_at_once(_meta, [path for path, _ in inside])
-        for (path, named), meta in zip(inside, metas, strict=True):
-            if pattern is not None and meta.step is None:
-                meta = replace(meta, step=named)
-            if meta.incomplete:
-                left_out.append((path, f"incomplete: {meta.incomplete}"))
-            elif meta.step is None:
-                left_out.append((path, "its records do not say its step; --pattern can tell it by name"))
-            elif named is not None and named != meta.step:
-                left_out.append((path, f"its name and its records differ: it says it is step {meta.step}"))
-            else:
+        inside = list(checkpoints_in(root, compiled_pattern(pattern)))
+        metas = each_at_once(records_of, [path for path, _ in inside])
+        for (path, named), read in zip(inside, metas, strict=True):
+            meta, reason = judged(read, named, by_pattern=pattern is not None)
+            if reason is None:
                 found.append((path, meta))
-    kept, dropped = _surviving_lineage(found)
+            else:
+                left_out.append((path, reason))
+        found += _kept_by_pma(root, {path.name for path, _ in found}, pattern)
+    kept, dropped = surviving_lineage(found)
     where = ", ".join(map(str, roots))
     if not kept:
         reasons = "".join(f"\n  {path.name}: {why}" for path, why in left_out[:5])
         raise InputError(f"{where} holds no complete checkpoint yet.{reasons}")
-    return Trajectory(points=_points(kept), left_out=tuple(left_out + dropped))
+    return Trajectory(points=points_of(kept), left_out=tuple(left_out + dropped))
+
+
+def judged(meta: CheckpointMeta, named: int | None, *, by_pattern: bool) -> tuple[CheckpointMeta, str | None]:
+    """A checkpoint's records, with the step of its name where a pattern says it; and why it cannot be taken,
+    or None. `named`: the step in its name.
+    """
+    if by_pattern and meta.step is None:
+        meta = replace(meta, step=named)
+    if meta.incomplete:
+        return meta, f"incomplete: {meta.incomplete}"
+    if meta.step is None:
+        return meta, "its records do not say its step; --pattern can tell it by name"
+    if named is not None and named != meta.step:
+        return meta, f"its name and its records differ: it says it is step {meta.step}"
+    return meta, None
+
+
+def _kept_by_pma(root: Path, there: set[str], pattern: str | None) -> Iterator[tuple[Path, CheckpointMeta]]:
+    for path, named in kept_checkpoints(root / KEPT_FOLDER, compiled_pattern(pattern)):
+        if path.name not in there:
+            meta, reason = judged(records_of(path), named, by_pattern=pattern is not None)
+            if reason is None:
+                yield path, meta
+
+
+def kept_checkpoints(
+    folder: Path, pattern: re.Pattern[str] | None, named_step: NamedStep = formats.named_step
+) -> list[tuple[Path, int | None]]:
+    """The checkpoints that PMA keeps in `folder`, and the step that the name of each says."""
+    if isinstance(folder, RemotePath) or not folder.is_dir():
+        return []  # no hard links in a store
+    if pattern is None:
+        return [(path, named_step(path.name)) for path in _named_checkpoints(folder, named_step)]
+    matches = [(path, pattern.fullmatch(path.name)) for path in sorted(folder.iterdir())]
+    return [(path, _step_in(match)) for path, match in matches if match is not None]
 
 
 def resolve(paths: Sequence[Path], *, as_given: bool = False, pattern: str | None = None) -> Trajectory:
@@ -135,9 +172,9 @@ def is_checkpoint(path: Path) -> bool:
     return formats.is_checkpoint(path) and not (path.is_dir() and any(_named_checkpoints(path)))
 
 
-def _named_checkpoints(root: Path) -> list[Path]:
+def _named_checkpoints(root: Path, named_step: NamedStep = formats.named_step) -> list[Path]:
     """Entries of a run that are named as some trainer names its checkpoints."""
-    named = [path for path in root.iterdir() if formats.named_step(path.name) is not None]
+    named = [path for path in root.iterdir() if named_step(path.name) is not None]
     return sorted(path for path in named if path.is_dir() or formats.is_checkpoint(path))
 
 
@@ -147,7 +184,7 @@ def from_checkpoints(paths: Sequence[Path], *, as_given: bool = False) -> Trajec
     Raises UsageError where a path or step occurs twice, and InputError where one is not complete.
     """
     found = []
-    for path, meta in zip(paths, each_at_once(_meta, paths), strict=True):
+    for path, meta in zip(paths, each_at_once(records_of, paths), strict=True):
         if meta.incomplete:
             raise InputError(f"{path} is not complete: {meta.incomplete}. Wait for it, or leave it out")
         found.append((path, meta))
@@ -157,7 +194,7 @@ def from_checkpoints(paths: Sequence[Path], *, as_given: bool = False) -> Trajec
             raise UsageError(f"{path} is given twice; name every checkpoint once")
     if not as_given:
         found = _ordered_by_step(found)
-    return Trajectory(points=_points(found), as_given=as_given)
+    return Trajectory(points=points_of(found), as_given=as_given)
 
 
 def _ordered_by_step(found: list[tuple[Path, CheckpointMeta]]) -> list[tuple[Path, CheckpointMeta]]:
@@ -173,8 +210,10 @@ def _ordered_by_step(found: list[tuple[Path, CheckpointMeta]]) -> list[tuple[Pat
     return sorted(found, key=lambda item: item[1].step or 0)
 
 
-def _points(found: Sequence[tuple[Path, CheckpointMeta]]) -> tuple[TrajectoryPoint, ...]:
-    """Phases come from each checkpoint's own log, completed by the newest's, which may have seen what came
+def points_of(found: Sequence[tuple[Path, CheckpointMeta]]) -> tuple[TrajectoryPoint, ...]:
+    """As points of a trajectory, oldest first.
+
+    Phases come from each checkpoint's own log, completed by the newest's, which may have seen what came
     next.
     """
     newest = found[-1][1].log.learning_rates
@@ -187,14 +226,17 @@ def _points(found: Sequence[tuple[Path, CheckpointMeta]]) -> tuple[TrajectoryPoi
     return tuple(points)
 
 
-def _compiled(pattern: str | None) -> re.Pattern[str] | None:
+def compiled_pattern(pattern: str | None) -> re.Pattern[str] | None:
+    """`pattern`, compiled. Raises UsageError where it is no regular expression."""
     try:
         return None if pattern is None else re.compile(pattern)
     except re.error as error:
         raise UsageError(f"--pattern {pattern!r} is not a regular expression: {error}") from None
 
 
-def _checkpoints(root: Path, pattern: re.Pattern[str] | None) -> Iterator[tuple[Path, int | None]]:
+def checkpoints_in(
+    root: Path, pattern: re.Pattern[str] | None, named_step: NamedStep = formats.named_step
+) -> Iterator[tuple[Path, int | None]]:
     """The checkpoints of a run, and the step that the name of each says."""
     if not root.exists():
         raise InputError(f"{root} does not exist; expected a run: a folder with checkpoint-N folders in it")
@@ -206,7 +248,7 @@ def _checkpoints(root: Path, pattern: re.Pattern[str] | None) -> Iterator[tuple[
         found = [(path, _step_in(match)) for path, match in matches if match is not None]
     else:
         # a folder named like a checkpoint is one even before it holds anything: it is being written
-        found = [(path, formats.named_step(path.name)) for path in _named_checkpoints(root)]
+        found = [(path, named_step(path.name)) for path in _named_checkpoints(root, named_step)]
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not found and pattern is None:
         found = [(path, None) for path in folders if formats.is_checkpoint(path)]
@@ -227,13 +269,14 @@ def _step_in(match: re.Match[str]) -> int | None:
     return int(text) if text is not None and text.isdecimal() and len(text) < 19 else None
 
 
-def _meta(path: Path) -> CheckpointMeta:
+def records_of(path: Path) -> CheckpointMeta:
+    """What a checkpoint's records say. Raises InputError where there is none."""
     if not path.exists():
         raise InputError(f"{path} does not exist; expected a checkpoint")
     return formats.read_meta(path)
 
 
-def _surviving_lineage(
+def surviving_lineage(
     found: list[tuple[Path, CheckpointMeta]],
 ) -> tuple[list[tuple[Path, CheckpointMeta]], list[tuple[Path, str]]]:
     """Drop what a restart left behind: checkpoints whose log the newest one's log contradicts.
@@ -249,7 +292,7 @@ def _surviving_lineage(
     kept: dict[int | None, tuple[Path, CheckpointMeta]] = {}
     dropped: list[tuple[Path, str]] = []
     for path, meta in ordered:
-        if path is not newest_path and _contradicts(meta.log, newest.log):
+        if path is not newest_path and contradicts(meta.log, newest.log):
             dropped.append(
                 (
                     path,
@@ -272,11 +315,11 @@ def _head(ordered: Sequence[tuple[Path, CheckpointMeta]]) -> tuple[Path, Checkpo
     which is alive.
     """
     highest = ordered[-1]
-    others = [item for item in ordered if _contradicts(item[1].log, highest[1].log)]
+    others = [item for item in ordered if contradicts(item[1].log, highest[1].log)]
     latest = max(others, key=lambda item: _written_ns(item[0]), default=highest)
     if _written_ns(latest[0]) <= _written_ns(highest[0]):
         return highest
-    if latest[0].parent == highest[0].parent:
+    if _run_of(latest[0]) == _run_of(highest[0]):
         return latest
     raise InputError(
         f"{highest[0]} has the highest step but {latest[0]} was written later, and their logs contradict "
@@ -286,7 +329,14 @@ def _head(ordered: Sequence[tuple[Path, CheckpointMeta]]) -> tuple[Path, Checkpo
     )
 
 
-def _contradicts(log: TrainingLog, newest: TrainingLog) -> bool:
+def _run_of(path: Path) -> Path:
+    """The folder that the trainer wrote `path` into; what PMA keeps has the times of what it links to."""
+    inside = KEPT_FOLDER.parts
+    return path.parents[len(inside)] if path.parts[-1 - len(inside) : -1] == inside else path.parent
+
+
+def contradicts(log: TrainingLog, newest: TrainingLog) -> bool:
+    """Whether two logs say different losses of one step: then they are of different lineages."""
     mine, theirs = dict(log.losses), dict(newest.losses)
     # compared as text, so that NaN equals NaN
     return any(str(mine[step]) != str(theirs[step]) for step in mine.keys() & theirs.keys())

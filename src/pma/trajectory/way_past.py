@@ -1,14 +1,18 @@
-"""The checkpoints before a breakaway, and from where a run can be led past it."""
+"""Where a run broke away, the checkpoints before, and from where it can be led past."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from pma.errors import UsageError
-from pma.logs.breakaways import Breakaway, Kind
-from pma.trajectory.discover import Trajectory, TrajectoryPoint
+from pma import logs
+from pma.errors import InputError, UsageError
+from pma.logs import Breakaway, Kind, TrainingCurves
+from pma.trajectory.discover import Trajectory, TrajectoryPoint, discover, is_checkpoint
 from pma.trajectory.window import of_one_phase
+
+_LOG_DEPTH = 3  # folders between a log and its run, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +26,58 @@ class WayPast:
     before_step: int
     checkpoints: tuple[TrajectoryPoint, ...]
     reserve: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spikes:
+    """Where a run's loss or gradient norm broke away; `run` is None where only a log was found."""
+
+    curves: TrainingCurves
+    ways_past: tuple[WayPast, ...]
+    run: Path | None
+    left_out: tuple[tuple[Path, str], ...] = ()
+
+
+def spikes(
+    path: Path,
+    *,
+    log: Path | None = None,
+    names: Mapping[str, str] | None = None,
+    pattern: str | None = None,
+    last: int = 3,
+) -> Spikes:
+    """The breakaways of a run, or of a log, with the newest `last` checkpoints before each.
+
+    `log`: the run's log where it is not in the run's folder; `names` as in `logs.read`. Of a log, the run is
+    the nearest folder above it that is one. Raises InputError where there is no log.
+    """
+    if path.is_dir() and is_checkpoint(path):
+        raise UsageError(f"{path} is one checkpoint; give the run that it belongs to, or a log")
+    curves = logs.read(log or path, names=names)
+    run, found = _run_at(path, pattern) if path.is_dir() else _run_above(path, pattern)
+    return Spikes(
+        curves=curves,
+        ways_past=ways_past(found, logs.breakaways(curves), last=last),
+        run=run,
+        left_out=found.left_out,
+    )
+
+
+def _run_at(folder: Path, pattern: str | None) -> tuple[Path | None, Trajectory]:
+    """A run that has logged but saved nothing yet, or a folder of logs, has breakaways too."""
+    try:
+        return folder, discover([folder], pattern)
+    except InputError as error:
+        return None, Trajectory(points=(), left_out=((folder, str(error)),))
+
+
+def _run_above(log: Path, pattern: str | None) -> tuple[Path | None, Trajectory]:
+    for folder in list(log.resolve().parents)[:_LOG_DEPTH]:
+        try:
+            return folder, discover([folder], pattern)
+        except InputError:
+            continue
+    return None, Trajectory(points=())
 
 
 def ways_past(found: Trajectory, breakaways: Sequence[Breakaway], *, last: int = 3) -> tuple[WayPast, ...]:
