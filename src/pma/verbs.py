@@ -4,23 +4,21 @@ one room.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pma import engine, formats, restart, trajectory
+from pma import engine, restart, trajectory
+from pma.choosing import Choice, suggestion
 from pma.engine import Merge, MergeOptions, Plan
 from pma.engine.provenance import RECORD_FILE, load
 from pma.errors import InputError, UsageError
 from pma.evaluation.text import Document, read_documents
-from pma.formats import interval_mean
-from pma.quantities import Tokens, distance_flag
+from pma.inspecting import inspect
 from pma.remote import location
 from pma.restart import Restart
-from pma.trajectory import Phase, Preset, Trajectory, TrajectoryPoint, Window
+from pma.trajectory import Window
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,41 +26,29 @@ if TYPE_CHECKING:
     from pma.evaluation.evaluate import Evaluation
     from pma.evaluation.tasks import Task, TaskResult
 
+__all__ = [
+    "HELD_OUT",
+    "Candidate",
+    "Choice",
+    "Merge",
+    "MergeOptions",
+    "Plan",
+    "Restart",
+    "Window",
+    "average",
+    "evaluate",
+    "evaluate_with_tasks",
+    "held_out_documents",
+    "init",
+    "inspect",
+    "merge",
+    "newest",
+    "plan",
+    "plan_init",
+    "suggestion",
+]
+
 HELD_OUT = Path("text") / "held_out.txt"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """Which checkpoints to average: runs or checkpoints, and for runs a window. `preset` sizes it as the
-    paper did.
-    """
-
-    paths: tuple[Path, ...]
-    window: Window | None = None
-    preset: bool = False
-    at: int | None = None
-    as_given: bool = False
-    pattern: str | None = None
-    allow_mixed_phases: bool = False
-
-    def points(self) -> tuple[Trajectory, tuple[TrajectoryPoint, ...]]:
-        """The trajectory and the chosen checkpoints, oldest first. Raises UsageError where no window is
-        given.
-        """
-        found = trajectory.resolve(self.paths, as_given=self.as_given, pattern=self.pattern)
-        explicit = self.pattern is None and trajectory.is_checkpoint(self.paths[0])
-        window = self.window
-        if explicit and (window is not None or self.preset or self.at is not None):
-            raise UsageError(
-                "--last, --every, --at and --preset choose from a run; these are checkpoints named one by one"
-            )
-        if self.preset and window is None:
-            window = preset_window(found, at=self.at)
-        if window is None and not explicit:
-            raise UsageError(f"which checkpoints of the run? Say --last N, or --preset. {suggestion(found)}")
-        if window is None:
-            return found, trajectory.of_one_phase(found.points, allow_mixed=self.allow_mixed_phases)
-        return found, trajectory.select(found, replace(window, allow_mixed_phases=self.allow_mixed_phases))
 
 
 def plan(choice: Choice, options: MergeOptions | None = None) -> Plan:
@@ -125,122 +111,6 @@ def average(choice: Choice, options: MergeOptions | None = None) -> dict[str, Te
     """Merge `choice` in memory: tensors by name."""
     with plan(choice, options) as planned:
         return engine.average(planned)
-
-
-def preset_window(found: Trajectory, *, at: int | None = None) -> Window:
-    """The paper's window for a model of this size. Raises UsageError where the run does not count its
-    tokens.
-    """
-    size = _preset(found)
-    if any(point.tokens is None for point in found.points):
-        raise UsageError(
-            "the paper's window is measured in tokens, which this run does not record; say --last N, and "
-            "--every in steps"
-        )
-    return Window(last=size.last, every=Tokens(size.every_tokens), at=at)
-
-
-def suggestion(found: Trajectory) -> str:
-    """One sentence: the preset for this model's size, and how far to trust it."""
-    size = _preset(found)
-    notes = []
-    if size.extrapolated:
-        notes.append("extrapolated: the paper's models were of another size")
-    if size.capped:
-        notes.append("capped by the stable tokens seen")
-    if any(point.tokens is None for point in found.points):
-        notes.append("in tokens, which this run does not record: give --every in steps")
-    every = distance_flag(Tokens(size.every_tokens))
-    return (
-        f"For this model's size the paper suggests --last {size.last} --every {every}"
-        + (f" ({'; '.join(notes)})" if notes else "")
-        + "."
-    )
-
-
-def _preset(found: Trajectory) -> Preset:
-    with closing(formats.open_checkpoint(found.points[-1].path)) as reader:
-        stable = [p.tokens for p in found.points if p.phase is Phase.STABLE and p.tokens is not None]
-        size = trajectory.preset(
-            engine.parameter_count(reader.tensors),
-            mixture_of_experts=engine.is_mixture_of_experts(reader.tensors),
-            stable_tokens=stable[-1] - stable[0] if len(stable) > 1 else None,
-        )
-    return trajectory.fitted(size, stable)
-
-
-def inspect(path: Path, pattern: str | None = None) -> dict[str, Any]:
-    """What a checkpoint or a run is, from headers and records alone, as plain values.
-
-    A run has `checkpoints`, `left_out` and `suggestion`; a checkpoint has `format`, `step`, `tokens`,
-    `tensors` and so on.
-    """
-    if pattern is not None or (path.is_dir() and not trajectory.is_checkpoint(path)):
-        return _inspect_run(path, pattern)
-    with closing(formats.open_checkpoint(path)) as reader:
-        meta, identities, specs = formats.read_meta(path), reader.identities(), reader.tensors.values()
-        return {
-            "path": str(path),
-            "real_path": str(path.resolve()),
-            "format": reader.format,
-            "merge_of": _merged_from(path),
-            "interval_mean": _mean_beside(path),
-            "step": meta.step,
-            "tokens": meta.tokens,
-            "tokens_source": meta.tokens_source,
-            "learning_rate": meta.learning_rate,
-            "complete": meta.incomplete is None,
-            "incomplete_because": meta.incomplete,
-            "parameters": engine.parameter_count(reader.tensors),
-            "mixture_of_experts": engine.is_mixture_of_experts(reader.tensors),
-            "bytes": sum(identity.size_bytes for identity in identities),
-            "files": [identity.name for identity in identities],
-            "dtypes": dict(Counter(spec.dtype.name for spec in specs)),
-            "tensors": [
-                {"name": s.name, "dtype": s.dtype.name, "shape": list(s.shape), "role": s.role.value}
-                for s in specs
-            ],
-        }
-
-
-def _inspect_run(path: Path, pattern: str | None) -> dict[str, Any]:
-    found = trajectory.discover([path], pattern)
-    return {
-        "path": str(path),
-        "checkpoints": [point.describe() for point in found.points],
-        "left_out": [{"path": str(where), "reason": reason} for where, reason in found.left_out],
-        "interval_means_beside": engine.stored_beside(found.points),
-        "suggestion": _suggestion_or_why_not(found),
-    }
-
-
-def _suggestion_or_why_not(found: Trajectory) -> str:
-    try:
-        return suggestion(found)
-    except InputError as error:
-        return f"No window is suggested: {error}"
-
-
-def _merged_from(path: Path) -> dict[str, Any] | None:
-    """Scheme and steps of a merge of ours, from its record."""
-    if not (path / RECORD_FILE).is_file():
-        return None
-    record = load(path)
-    steps = [source.get("step") for source in record["sources"]]
-    return {
-        "scheme": str(record.get("scheme")),
-        "use": str(record.get("use", engine.SNAPSHOTS)),
-        "steps": [s if isinstance(s, int) else None for s in steps],
-    }
-
-
-def _mean_beside(path: Path) -> dict[str, Any] | None:
-    """What the mean that is stored beside a checkpoint is of, or why that cannot be told."""
-    try:
-        found = interval_mean.find(path)
-        return asdict(interval_mean.read_record(found)) if found is not None else None
-    except InputError as error:
-        return {"unusable_because": str(error)}
 
 
 @dataclass(frozen=True, kw_only=True)
