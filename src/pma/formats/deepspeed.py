@@ -19,6 +19,7 @@ from blake3 import blake3
 from pma.errors import FormatError, IncompleteError, InputError, printable
 from pma.formats import deepspeed_universal, hf_trainer
 from pma.formats.contracts import CheckpointReader
+from pma.formats.deepspeed_files import read_model_states, read_optimizer_states
 from pma.formats.deepspeed_layout import STEP, kind_of, moment_name
 from pma.formats.deepspeed_partitions import (
     CutParameters,
@@ -34,8 +35,6 @@ from pma.formats.deepspeed_states import (
     OptimizerStates,
     TrainingState,
     by_rank,
-    read_model_states,
-    read_optimizer_states,
     tensor_parallel,
 )
 from pma.formats.folder import Folder, open_folder

@@ -21,6 +21,7 @@ from blake3 import blake3
 
 from pma.errors import FormatError, IncompleteError, InputError, printable
 from pma.formats.contracts import CheckpointReader
+from pma.formats.deepspeed_files import RECORDS, read_model_states
 from pma.formats.deepspeed_layout import (
     MODEL_FILES,
     OPTIMIZER_FILE,
@@ -34,11 +35,9 @@ from pma.formats.deepspeed_partitions import frozen_fragments, whole_fragment
 from pma.formats.deepspeed_states import (
     MASTERS,
     RANK_MODEL_FILE,
-    RECORDS,
     Shape,
     TrainingState,
     by_rank,
-    read_model_states,
     tensor_parallel,
 )
 from pma.formats.files import is_inside
