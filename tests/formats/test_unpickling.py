@@ -224,6 +224,23 @@ VALUES: list[Any] = [
 ]  # fmt: skip
 
 
+def scanned(data: bytes) -> pickle_scan.Scan | str:
+    try:
+        return pickle_scan.scan(data, "x.pt", 2**30)
+    except FormatError as error:
+        return str(error)
+
+
+def test_the_compiled_scan_says_what_the_other_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    pickles = [dumped(value, protocol) for value in VALUES for protocol in (2, 3, 4, 5)]
+    pickles += [*OPCODES.values(), *(make() for make in RUNS.values())]
+    pickles += [whole[:cut] for whole in pickles for cut in range(1, min(len(whole), 60), 7)]
+    uncompiled = [scanned(data) for data in pickles]
+    monkeypatch.setattr(pickle_scan, "_COMPILE_FROM_BYTES", 0)
+    assert [scanned(data) for data in pickles] == uncompiled
+    assert len({type(found) for found in uncompiled}) == 2
+
+
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_plain_values_read_as_they_were(protocol: int) -> None:
     for value in VALUES:
