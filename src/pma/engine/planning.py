@@ -125,7 +125,7 @@ def _open(
 def _from_mean(spec: TensorSpec, options: MergeOptions) -> bool:
     """Whether a tensor of a checkpoint is to be read from its stored mean."""
     not_so = (*options.exclude, *options.copy)
-    averaged = spec.role in _COMPARED and spec.dtype.kind in ("float", "complex") and options.wants(spec)
+    averaged = spec.role in _COMPARED and spec.dtype.averaged and options.wants(spec)
     return averaged and not any(fnmatchcase(spec.name, pattern) for pattern in not_so)
 
 
