@@ -30,7 +30,7 @@ from pma.trajectory import WayPast, Window
 from pma.verbs import Candidate, Choice
 
 HERE = Path(__file__).parent
-FIRST_PIECE, PIECE, LONGEST = 255, 45, 525  # steps of the run: so many, and more until it collapses
+FIRST_PIECE, PIECE, LONGEST = 255, 45, 435  # steps of the run: so many, and more until it collapses
 LAST = 3
 WITHIN = 20  # steps within which the collapse must be found
 HELD = 50  # steps past the place of the collapse that a continuation must get
@@ -39,18 +39,22 @@ TAIL = 25  # last steps, whose mean training loss is compared
 # the average of the three, the newest of them, the oldest of them
 STARTS = ("merge", "rollback", "further rollback")
 DATA = ("same data", "data skipped")
+COLLAPSED = 1.0  # nats above the best mean of 20 steps so far
 COMPARED = ("held_steps_past_the_collapse", "last_25_steps", "held_out")
 CHARACTERS_A_DOCUMENT = 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Collapse:
-    """A run that collapsed: the first step worse than a uniform guess, which has nothing to do with the
-    detector, and the way past that `pma spikes` tells.
+    """A run that collapsed: the first step whose loss is a nat above the best, which has nothing to do with
+    the detector, and the way past that `pma spikes` tells.
+
+    `limit`: the loss at which a continuation counts as collapsed too.
     """
 
     run: Path
     step: int
+    limit: float
     way: WayPast
     first_alarm: dict[str, Any]
 
@@ -70,19 +74,22 @@ def trunk(recipe: Recipe, seed: int, scratch: Path) -> Path:
         if not (folder / f"checkpoint-{length + PIECE}").is_dir():  # not when it is longer already
             pretrain(replace(asked, run=replace(asked.run, tokens=length * recipe.tokens_a_step)), folder)
         steps, losses = logs.read(folder).series("loss")
-        step = first_worse(steps, losses, recipe, after=recipe.optimizer.warmup_steps)
+        learned, loss = best(steps, losses)
+        step = first_worse(steps, losses, loss + COLLAPSED, after=learned)
         if step is not None and step + WITHIN <= steps[-1]:
             break
     return folder
 
 
-def collapse_of(run: Path, recipe: Recipe) -> Collapse | None:
-    """Where the run, having learned, became worse than knowing nothing; None if it did not.
+def collapse_of(run: Path) -> Collapse | None:
+    """Where the run lost what it had learned; None if it did not.
 
     Asserts that the detector tells it within 20 steps, from what had been logged by then.
     """
     steps, losses = logs.read(run).series("loss")
-    step = first_worse(steps, losses, recipe, after=recipe.optimizer.warmup_steps)
+    learned, loss = best(steps, losses)
+    limit = loss + COLLAPSED
+    step = first_worse(steps, losses, limit, after=learned)
     if step is None:
         return None
     known = steps <= step + WITHIN
@@ -93,15 +100,21 @@ def collapse_of(run: Path, recipe: Recipe) -> Collapse | None:
     assert len(way.checkpoints) == LAST, way.reserve
     told = way.breakaway
     alarm = {"first_step": told.first_step, "seen_step": told.seen_step, "kind": told.kind.value}
-    return Collapse(run=run, step=step, way=way, first_alarm=alarm)
+    return Collapse(run=run, step=step, limit=limit, way=way, first_alarm=alarm)
+
+
+def best(steps: NDArray[np.int64], losses: NDArray[np.float64]) -> tuple[int, float]:
+    """Where the lowest mean of 20 steps ends, and that mean; a run that collapses has it before."""
+    means = np.convolve(losses, np.ones(20) / 20, mode="valid")
+    lowest = int(np.nanargmin(means))
+    return int(steps[lowest + 19]), float(means[lowest])
 
 
 def first_worse(
-    steps: NDArray[np.int64], losses: NDArray[np.float64], recipe: Recipe, *, after: int
+    steps: NDArray[np.int64], losses: NDArray[np.float64], limit: float, *, after: int
 ) -> int | None:
-    """The first step past `after` whose loss is that of a uniform guess, or more, or no number."""
-    uniform = math.log(recipe.text.vocabulary_tokens)
-    worse = np.flatnonzero(~(losses < uniform) & (steps > after))
+    """The first step past `after` whose loss is `limit` or more, or no number."""
+    worse = np.flatnonzero(~(losses < limit) & (steps > after))
     return int(steps[worse[0]]) if len(worse) else None
 
 
@@ -124,16 +137,16 @@ def go_on(collapse: Collapse, recipe: Recipe, start: str, data: str, scratch: Pa
     return out
 
 
-def outcome(collapse: Collapse, recipe: Recipe, start: str, run: Path) -> dict[str, Any]:
+def outcome(collapse: Collapse, start: str, run: Path) -> dict[str, Any]:
     """What became of a continuation."""
     steps, losses = logs.read(run).series("loss")
     begun = collapse.start_step(start)
     mine = steps > begun
-    worse = first_worse(steps[mine], losses[mine], recipe, after=begun)
+    worse = first_worse(steps[mine], losses[mine], collapse.limit, after=begun)
     return {
         "start_step": begun,
         "passed": worse is None or worse > collapse.step + HELD,
-        "worse_than_uniform_at": worse,
+        "collapsed_at": worse,
         # at most to the end of the continuation; less than zero where it collapsed sooner than the run had
         "held_steps_past_the_collapse": int(steps[-1] if worse is None else worse) - collapse.step,
         "first_10_steps": float(losses[mine][:10].mean()),
@@ -155,7 +168,7 @@ def one_seed(recipe: Recipe, seed: int, scratch: Path) -> dict[str, Any]:
     run = trunk(recipe, seed, scratch)
     steps, losses = logs.read(run).series("loss")
     row: dict[str, Any] = {"seed": seed, "trunk": [round(float(v), 4) for v in losses]}
-    collapse = collapse_of(run, recipe)
+    collapse = collapse_of(run)
     if collapse is None:
         return {**row, "collapsed": False}
     pairs = [(start, data) for start in STARTS for data in DATA]
@@ -169,12 +182,13 @@ def one_seed(recipe: Recipe, seed: int, scratch: Path) -> dict[str, Any]:
         **row,
         "collapsed": True,
         "collapse_step": collapse.step,
+        "limit": collapse.limit,
         "found": collapse.first_alarm,
         "checkpoints": [point.step for point in collapse.way.checkpoints],
         "loss_before": float(before.mean()),
         "held_out_before": held_out.pop("start"),
         "arms": {
-            name: {**outcome(collapse, recipe, start, run), "held_out": held_out[name]}
+            name: {**outcome(collapse, start, run), "held_out": held_out[name]}
             for (name, run), (start, _) in zip(runs.items(), pairs, strict=True)
         },
     }
