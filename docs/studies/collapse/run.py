@@ -30,31 +30,37 @@ from pma.trajectory import WayPast, Window
 from pma.verbs import Candidate, Choice
 
 HERE = Path(__file__).parent
-FIRST_PIECE, PIECE, LONGEST = 250, 50, 500  # steps of the run: so many, and more until it collapses
+FIRST_PIECE, PIECE, LONGEST = 255, 45, 435  # steps of the run: so many, and more until it collapses
 LAST = 3
 WITHIN = 20  # steps within which the collapse must be found
 HELD = 50  # steps past the place of the collapse that a continuation must get
 AFTER = 75  # steps past it that a continuation is trained
 TAIL = 25  # last steps, whose mean training loss is compared
-STARTS = ("merge", "rollback")
+# the average of the three, the newest of them, the oldest of them
+STARTS = ("merge", "rollback", "further rollback")
 DATA = ("same data", "data skipped")
+COLLAPSED = 1.0  # nats above the best mean of 20 steps so far
+COMPARED = ("held_steps_past_the_collapse", "last_25_steps", "held_out")
 CHARACTERS_A_DOCUMENT = 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Collapse:
-    """A run that collapsed: the first step worse than a uniform guess, which has nothing to do with the
-    detector, and the way past that `pma spikes` tells.
+    """A run that collapsed: the first step whose loss is a nat above the best, which has nothing to do with
+    the detector, and the way past that `pma spikes` tells.
+
+    `limit`: the loss at which a continuation counts as collapsed too.
     """
 
     run: Path
     step: int
+    limit: float
     way: WayPast
     first_alarm: dict[str, Any]
 
-    @property
-    def start_step(self) -> int:
-        return self.way.checkpoints[-1].step or 0
+    def start_step(self, start: str) -> int:
+        """The step at which a continuation begins."""
+        return self.way.checkpoints[0 if start == "further rollback" else -1].step or 0
 
 
 def trunk(recipe: Recipe, seed: int, scratch: Path) -> Path:
@@ -68,19 +74,22 @@ def trunk(recipe: Recipe, seed: int, scratch: Path) -> Path:
         if not (folder / f"checkpoint-{length + PIECE}").is_dir():  # not when it is longer already
             pretrain(replace(asked, run=replace(asked.run, tokens=length * recipe.tokens_a_step)), folder)
         steps, losses = logs.read(folder).series("loss")
-        step = first_worse(steps, losses, recipe, after=recipe.optimizer.warmup_steps)
+        learned, loss = best(steps, losses)
+        step = first_worse(steps, losses, loss + COLLAPSED, after=learned)
         if step is not None and step + WITHIN <= steps[-1]:
             break
     return folder
 
 
-def collapse_of(run: Path, recipe: Recipe) -> Collapse | None:
-    """Where the run, having learned, became worse than knowing nothing; None if it did not.
+def collapse_of(run: Path) -> Collapse | None:
+    """Where the run lost what it had learned; None if it did not.
 
     Asserts that the detector tells it within 20 steps, from what had been logged by then.
     """
     steps, losses = logs.read(run).series("loss")
-    step = first_worse(steps, losses, recipe, after=recipe.optimizer.warmup_steps)
+    learned, loss = best(steps, losses)
+    limit = loss + COLLAPSED
+    step = first_worse(steps, losses, limit, after=learned)
     if step is None:
         return None
     known = steps <= step + WITHIN
@@ -91,21 +100,27 @@ def collapse_of(run: Path, recipe: Recipe) -> Collapse | None:
     assert len(way.checkpoints) == LAST, way.reserve
     told = way.breakaway
     alarm = {"first_step": told.first_step, "seen_step": told.seen_step, "kind": told.kind.value}
-    return Collapse(run=run, step=step, way=way, first_alarm=alarm)
+    return Collapse(run=run, step=step, limit=limit, way=way, first_alarm=alarm)
+
+
+def best(steps: NDArray[np.int64], losses: NDArray[np.float64]) -> tuple[int, float]:
+    """Where the lowest mean of 20 steps ends, and that mean; a run that collapses has it before."""
+    means = np.convolve(losses, np.ones(20) / 20, mode="valid")
+    lowest = int(np.nanargmin(means))
+    return int(steps[lowest + 19]), float(means[lowest])
 
 
 def first_worse(
-    steps: NDArray[np.int64], losses: NDArray[np.float64], recipe: Recipe, *, after: int
+    steps: NDArray[np.int64], losses: NDArray[np.float64], limit: float, *, after: int
 ) -> int | None:
-    """The first step past `after` whose loss is that of a uniform guess, or more, or no number."""
-    uniform = math.log(recipe.text.vocabulary_tokens)
-    worse = np.flatnonzero(~(losses < uniform) & (steps > after))
+    """The first step past `after` whose loss is `limit` or more, or no number."""
+    worse = np.flatnonzero(~(losses < limit) & (steps > after))
     return int(steps[worse[0]]) if len(worse) else None
 
 
 def go_on(collapse: Collapse, recipe: Recipe, start: str, data: str, scratch: Path) -> Path:
-    """Train from the merge or from the newest good checkpoint until after the place of the collapse."""
-    checkpoint = collapse.way.checkpoints[-1].path
+    """Train from one of `STARTS` until after the place of the collapse."""
+    checkpoint = collapse.way.checkpoints[0 if start == "further rollback" else -1].path
     if start == "merge":
         merged = scratch / f"{collapse.run.name}-init"
         if not merged.is_dir():
@@ -113,23 +128,27 @@ def go_on(collapse: Collapse, recipe: Recipe, start: str, data: str, scratch: Pa
             window = Choice(paths=(collapse.run,), window=Window(last=LAST), allow_mixed_phases=True)
             verbs.init(window, merged, before_step=collapse.way.before_step)
         checkpoint = merged
-    out = scratch / f"{collapse.run.name}-{start}-{data.replace(' ', '-')}"
+    out = scratch / f"{collapse.run.name}-{start}-{data}".replace(" ", "-")
     until = (collapse.step + AFTER) * recipe.tokens_a_step
     # past the collapse, so that nothing that was seen up to it is seen again
-    skipped = collapse.step + WITHIN - collapse.start_step if data == "data skipped" else 0
+    skipped = collapse.step + WITHIN - collapse.start_step(start) if data == "data skipped" else 0
     if not out.is_dir() or run_folder.newest_checkpoint(out) is None:
         resume(checkpoint, out, tokens=until, skip_steps=skipped)
     return out
 
 
-def outcome(collapse: Collapse, recipe: Recipe, run: Path) -> dict[str, Any]:
+def outcome(collapse: Collapse, start: str, run: Path) -> dict[str, Any]:
     """What became of a continuation."""
     steps, losses = logs.read(run).series("loss")
-    mine = steps > collapse.start_step
-    worse = first_worse(steps[mine], losses[mine], recipe, after=collapse.start_step)
+    begun = collapse.start_step(start)
+    mine = steps > begun
+    worse = first_worse(steps[mine], losses[mine], collapse.limit, after=begun)
     return {
+        "start_step": begun,
         "passed": worse is None or worse > collapse.step + HELD,
-        "worse_than_uniform_at": worse,
+        "collapsed_at": worse,
+        # at most to the end of the continuation; less than zero where it collapsed sooner than the run had
+        "held_steps_past_the_collapse": int(steps[-1] if worse is None else worse) - collapse.step,
         "first_10_steps": float(losses[mine][:10].mean()),
         "last_25_steps": float(losses[-TAIL:].mean()),
         "losses": [round(float(v), 4) for v in losses[mine]],
@@ -149,49 +168,51 @@ def one_seed(recipe: Recipe, seed: int, scratch: Path) -> dict[str, Any]:
     run = trunk(recipe, seed, scratch)
     steps, losses = logs.read(run).series("loss")
     row: dict[str, Any] = {"seed": seed, "trunk": [round(float(v), 4) for v in losses]}
-    collapse = collapse_of(run, recipe)
+    collapse = collapse_of(run)
     if collapse is None:
         return {**row, "collapsed": False}
-    runs = {f"{s}, {d}": go_on(collapse, recipe, s, d, scratch) for s in STARTS for d in DATA}
+    pairs = [(start, data) for start in STARTS for data in DATA]
+    runs = {f"{s}, {d}": go_on(collapse, recipe, s, d, scratch) for s, d in pairs}
     texts = read_documents([run / run_folder.TEXT_FOLDER / run_folder.HELD_OUT_FILE])
     documents = [Document(name=d.name, text=d.text[:CHARACTERS_A_DOCUMENT]) for d in texts]
     held_out = held_out_losses(runs | {"start": collapse.way.checkpoints[-1].path}, documents)
-    before = losses[(steps > collapse.start_step - TAIL) & (steps <= collapse.start_step)]
+    newest = collapse.start_step("merge")
+    before = losses[(steps > newest - TAIL) & (steps <= newest)]
     return {
         **row,
         "collapsed": True,
         "collapse_step": collapse.step,
+        "limit": collapse.limit,
         "found": collapse.first_alarm,
         "checkpoints": [point.step for point in collapse.way.checkpoints],
         "loss_before": float(before.mean()),
         "held_out_before": held_out.pop("start"),
-        "arms": {n: {**outcome(collapse, recipe, r), "held_out": held_out[n]} for n, r in runs.items()},
+        "arms": {
+            name: {**outcome(collapse, start, run), "held_out": held_out[name]}
+            for (name, run), (start, _) in zip(runs.items(), pairs, strict=True)
+        },
     }
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """How often each arm passed; merge less rollback, paired by seed, with 95% intervals (Student's t)."""
+    """How often each passed; merge less rollback, paired by seed, with 95% intervals (Student's t)."""
     mine = [row for row in rows if row["collapsed"]]
     told: dict[str, Any] = {"seeds": len(rows), "collapsed": len(mine)}
     for data in DATA:
         arms = {s: [row["arms"][f"{s}, {data}"] for row in mine] for s in STARTS}
-        passed = {s: [bool(arm["passed"]) for arm in arms[s]] for s in STARTS}
-        only = {
-            "merge": sum(a and not b for a, b in zip(passed["merge"], passed["rollback"], strict=True)),
-            "rollback": sum(b and not a for a, b in zip(passed["merge"], passed["rollback"], strict=True)),
-        }
-        discordant = sum(only.values())
-        told[data] = {
-            "passed": {s: sum(passed[s]) for s in STARTS},
-            "passed_by_one_only": only,
-            "p_of_passing_alike": float(stats.binomtest(only["merge"], discordant).pvalue)
-            if discordant
-            else 1.0,
-            "merge_less_rollback": {
-                key: paired([a[key] - b[key] for a, b in zip(arms["merge"], arms["rollback"], strict=True)])
-                for key in ("first_10_steps", "last_25_steps", "held_out")
-            },
-        }
+        told[data] = {"passed": {s: sum(arm["passed"] for arm in arms[s]) for s in STARTS}}
+        for other in STARTS[1:]:
+            both = list(zip(arms["merge"], arms[other], strict=True))
+            only_merge = sum(a["passed"] and not b["passed"] for a, b in both)
+            only_other = sum(b["passed"] and not a["passed"] for a, b in both)
+            unlike = only_merge + only_other
+            told[data][f"merge less {other}"] = {
+                "passed_by_merge_only": only_merge,
+                "passed_by_other_only": only_other,
+                # the sign test on the seeds in which they differ
+                "p": float(stats.binomtest(only_merge, unlike).pvalue) if unlike else 1.0,
+                **{key: paired([a[key] - b[key] for a, b in both]) for key in COMPARED},
+            }
     return told
 
 
@@ -210,9 +231,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     alt.data_transformers.disable_max_rows()
     points = []
     for row in [row for row in rows if row["collapsed"]]:
-        start, around = row["checkpoints"][-1], range(row["checkpoints"][0], row["collapse_step"] + AFTER)
+        around = range(row["checkpoints"][0] - 30, row["collapse_step"] + AFTER)
         series = {"the run that collapsed": (0, row["trunk"])}
-        series |= {name: (start, arm["losses"]) for name, arm in row["arms"].items()}
+        series |= {name: (arm["start_step"], arm["losses"]) for name, arm in row["arms"].items()}
         for name, (offset, losses) in series.items():
             smooth = np.convolve(losses, np.ones(5) / 5, mode="valid")
             points += [
@@ -221,7 +242,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 if offset + i + 5 in around
             ]
     order = ["the run that collapsed", *(f"{s}, {d}" for s in STARTS for d in DATA)]
-    colours = ["#999999", "#0b6e4f", "#6fc3a1", "#b3401f", "#f0a27f"]
+    colours = ["#999999", "#0b6e4f", "#6fc3a1", "#b3401f", "#f0a27f", "#3b4cc0", "#9fb4f0"]
     chart = (
         alt.Chart(alt.Data(values=points))
         .mark_line(strokeWidth=1.2)
