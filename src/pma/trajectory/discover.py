@@ -186,7 +186,10 @@ def from_checkpoints(paths: Sequence[Path], *, as_given: bool = False) -> Trajec
     found = []
     for path, meta in zip(paths, each_at_once(records_of, paths), strict=True):
         if meta.incomplete:
-            raise InputError(f"{path} is not complete: {meta.incomplete}. Wait for it, or leave it out")
+            raise InputError(
+                f"{path} cannot be used: {meta.incomplete}. Wait for it if it is still being written, else leave "
+                "it out"
+            )
         found.append((path, meta))
     real = [path.resolve() for path, _ in found]
     for index, path in enumerate(real):
