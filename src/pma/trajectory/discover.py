@@ -187,8 +187,8 @@ def from_checkpoints(paths: Sequence[Path], *, as_given: bool = False) -> Trajec
     for path, meta in zip(paths, each_at_once(records_of, paths), strict=True):
         if meta.incomplete:
             raise InputError(
-                f"{path} cannot be used: {meta.incomplete}. Wait for it if it is still being written, else leave "
-                "it out"
+                f"{path} cannot be used: {meta.incomplete}. Wait for it if it is still being written, else "
+                "leave it out"
             )
         found.append((path, meta))
     real = [path.resolve() for path, _ in found]
