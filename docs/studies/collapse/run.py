@@ -233,7 +233,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for row in [row for row in rows if row["collapsed"]]:
         around = range(row["checkpoints"][0] - 30, row["collapse_step"] + AFTER)
         series = {"the run that collapsed": (0, row["trunk"])}
-        series |= {name: (arm["start_step"], arm["losses"]) for name, arm in row["arms"].items()}
+        # with the same data a rollback is the run again, to the bit: one line is enough
+        drawn = {name: arm for name, arm in row["arms"].items() if name != "further rollback, same data"}
+        series |= {name: (arm["start_step"], arm["losses"]) for name, arm in drawn.items()}
         for name, (offset, losses) in series.items():
             smooth = np.convolve(losses, np.ones(5) / 5, mode="valid")
             points += [
@@ -242,7 +244,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 if offset + i + 5 in around
             ]
     order = ["the run that collapsed", *(f"{s}, {d}" for s in STARTS for d in DATA)]
-    colours = ["#999999", "#0b6e4f", "#6fc3a1", "#b3401f", "#f0a27f", "#3b4cc0", "#9fb4f0"]
+    order.remove("further rollback, same data")
+    colours = ["#999999", "#0b6e4f", "#6fc3a1", "#b3401f", "#f0a27f", "#8da2e8"]
     chart = (
         alt.Chart(alt.Data(values=points))
         .mark_line(strokeWidth=1.2)
@@ -257,7 +260,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         .facet(alt.Facet("seed:N", title=None), columns=3)
         .resolve_scale(x="independent")
     )
-    chart.save(path, scale_factor=2)
+    chart.save(path, scale_factor=1.2)
 
 
 def main() -> None:
