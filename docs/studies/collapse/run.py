@@ -1,6 +1,6 @@
 """A mixture of experts is driven into a collapse by an exceptionally high learning rate, and led past it.
 
-    python docs/studies/collapse/run.py -o SCRATCH --seeds 0,1,2,3,4,5
+    python docs/studies/collapse/run.py -o SCRATCH --seeds 10,11,12,13,14,15,16,17,18,19,20,21
 
 For every seed a run until after its collapse, which `pma spikes` must find within 20 steps. Then training
 goes on from the average of the 3 checkpoints before it (`pma init --before-step S --last 3`), and from the
@@ -266,7 +266,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--scratch", type=Path, required=True)
-    parser.add_argument("--seeds", default="0,1,2,3,4,5")
+    parser.add_argument("--seeds", default=",".join(map(str, range(10, 22))))
     parser.add_argument("--recipe", default=str(HERE / "recipe.toml"))
     parser.add_argument("--out", type=Path, default=HERE)
     arguments = parser.parse_args()
