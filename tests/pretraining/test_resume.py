@@ -1,6 +1,7 @@
 """Going on from what `pma init` wrote, in a new run: the same data or with some left out, the right rate."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from pma import trajectory, verbs
 from pma.errors import InputError, Interrupted, UsageError
-from pma.pretraining import fork, pretrain, resume
+from pma.pretraining import fork, pretrain, resume, run_folder
 from pma.pretraining.tokens import PackedSequences, load_tokens
 from pma.trajectory import Window
 from pma.verbs import Choice
@@ -139,3 +140,18 @@ def test_starts_that_cannot_be(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"holds no run\.json"):
         resume(start, tmp_path / "d")
     assert not any((tmp_path / name).exists() for name in "abcd")
+
+
+def test_a_run_that_is_asked_to_be_shorter_stays_as_long_as_it_is(dense: Path) -> None:
+    before = (dense / "run.json").read_bytes()
+    record = run_folder.read_record(dense)
+    recipe = record.recipe
+    shorter = replace(recipe, run=replace(recipe.run, tokens=recipe.run.tokens // 2))
+    assert pretrain(shorter, dense, text=record.text).steps_added == 0
+    assert (dense / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["nothing", "run"])
+def test_a_start_that_is_no_checkpoint(dense: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="is no checkpoint of the Trainer"):
+        resume(dense if name == "run" else tmp_path / name, tmp_path / "out")

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pma import trajectory
+from pma import trajectory, verbs
 from pma.errors import InputError, UsageError
 from pma.quantities import Steps, Tokens
 from pma.testing import tiny_run
 from pma.testing.builders import PEAK_RATE, write_trainer_state
 from pma.trajectory import Phase, Window
 from pma.trajectory.phases import phase_at
+from pma.verbs import Choice
 
 
 def steps(points: object) -> list[int]:
@@ -389,3 +390,12 @@ def test_files_whose_names_are_not_known_are_shown(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "checkpoint-10")
     with pytest.raises(InputError, match=r"found ckpt_10\.safetensors\. .*--pattern"):
         trajectory.discover([tmp_path])
+
+
+def test_merges_side_by_side_are_no_run(tmp_path: Path) -> None:
+    tiny_run(tmp_path / "run", steps=3)
+    for last in (2, 3):
+        chosen = Choice(paths=(tmp_path / "run",), window=Window(last=last))
+        verbs.merge(chosen, tmp_path / "out" / f"m{last}")
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        trajectory.discover([tmp_path / "out"])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pma import sweeping, verbs
+from pma import sweeping, trajectory, verbs
 from pma.cli import options as flags
 from pma.cli.output import command, note, say, table
 from pma.errors import InputError, Interrupted, MissingExtra, UsageError
@@ -113,6 +113,8 @@ def watch(
 
     if weights is not None and not tasks:
         raise UsageError("--weights weighs --tasks, of which there are none")
+    if trajectory.is_checkpoint(run):
+        raise UsageError(f"{run} is one checkpoint; give the run that its trainer saves into")
     wanted = _wanted(last, every, scheme, threads, memory, allow_mixed_phases=allow_mixed_phases)
     folder = out or (Path(_FOLDER) if isinstance(run, RemotePath) else run / _FOLDER)
     kept = out / KEPT_FOLDER.name if out is not None else run / KEPT_FOLDER
@@ -148,6 +150,8 @@ def _wanted(
 ) -> Wanted:
     from pma.watch import Wanted
 
+    if last < 2:
+        raise UsageError(f"--last {last}: a merge has at least two checkpoints")
     return Wanted(
         last=last,
         every=parse_distance(every) if every else None,
@@ -245,7 +249,8 @@ def _result(watch: Watch, page: PageFile | None, *, interrupted: bool, as_json: 
 
         table(*points_table(points[-_SHOWN:]))
     if not as_json:
-        say(f"{len(points)} points, {len(watch.added)} of them new; all are in {watch.store.path}")
+        shown = f"; shown are the newest {_SHOWN}" if len(points) > _SHOWN else ""
+        say(f"{len(points)} points, {len(watch.added)} of them new{shown}; all are in {watch.store.path}")
     if interrupted:
         note("stopped; the same command goes on")
     return {

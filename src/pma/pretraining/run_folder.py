@@ -94,7 +94,7 @@ def read_record(folder: Path) -> RunRecord:
 
 def enter(folder: Path, asked: RunRecord) -> None:
     """Make the folder and its record, or check that it is the same run. More tokens than before is the same
-    run, longer.
+    run, longer; fewer leave its record as it is where it was trained that far.
 
     Raises UsageError where the folder holds something else.
     """
@@ -113,7 +113,15 @@ def enter(folder: Path, asked: RunRecord) -> None:
                 f"{folder} holds a run of another recipe, text, seed or start "
                 f"({_difference(before, asked)}); choose another output"
             )
+        elif _is_trained(folder, asked.recipe):
+            return
     save_json(folder / RECORD_FILE, asked.to_json())
+
+
+def _is_trained(folder: Path, recipe: Recipe) -> bool:
+    """Whether the run has a checkpoint at or past the recipe's last step."""
+    newest = newest_checkpoint(folder)
+    return newest is not None and newest[1] >= recipe.steps_for(recipe.run.tokens)
 
 
 def _difference(before: RunRecord, asked: RunRecord) -> str:
@@ -184,7 +192,7 @@ def _link_or_copy(source: str, target: str) -> None:
 def run_of(checkpoint: Path) -> Path:
     """The folder of the run that a checkpoint belongs to; for one that PMA made, that of its newest source.
 
-    Raises InputError where that is no run of ours, or is gone.
+    Raises UsageError where it is none, InputError where its run is none of ours, or is gone.
     """
     if (checkpoint / hf_trainer.RECORD_FILE).is_file():
         value = load_object(checkpoint / hf_trainer.RECORD_FILE, _LARGEST_MERGE_RECORD_BYTES)
@@ -194,6 +202,11 @@ def run_of(checkpoint: Path) -> Path:
             raise InputError(
                 f"{checkpoint / hf_trainer.RECORD_FILE} is damaged: {printable(repr(error))}"
             ) from error
+    if not (checkpoint / hf_trainer.STATE_FILE).is_file():
+        raise UsageError(
+            f"{checkpoint} is no checkpoint of the Trainer; expected a checkpoint of a run, or what "
+            "`pma init` made of several"
+        )
     return checkpoint.parent
 
 

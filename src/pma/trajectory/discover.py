@@ -187,8 +187,8 @@ def from_checkpoints(paths: Sequence[Path], *, as_given: bool = False) -> Trajec
     for path, meta in zip(paths, each_at_once(records_of, paths), strict=True):
         if meta.incomplete:
             raise InputError(
-                f"{path} cannot be used: {meta.incomplete}. Wait for it if it is still being written, else "
-                "leave it out"
+                f"{path} is not complete or not usable: {meta.incomplete}. Wait for it if it is still being "
+                "written, else leave it out"
             )
         found.append((path, meta))
     real = [path.resolve() for path, _ in found]
@@ -254,12 +254,18 @@ def checkpoints_in(
         found = [(path, named_step(path.name)) for path in _named_checkpoints(root, named_step)]
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not found and pattern is None:
-        found = [(path, None) for path in folders if formats.is_checkpoint(path)]
+        # merges of ours that lie in one folder are no run
+        ours = [path for path in folders if (path / hf_trainer.RECORD_FILE).is_file()]
+        found = [(path, None) for path in folders if path not in ours and formats.is_checkpoint(path)]
     if not found:
         # files may be checkpoints whose names are not known
         entries = (path for path in sorted(root.iterdir()) if path in folders or formats.is_checkpoint(path))
         inside = ", ".join(printable(p.name) for p in islice(entries, 5)) or "nothing that could be one"
-        looked_for = f"names that match {pattern.pattern!r}" if pattern else "checkpoint-N, step-N and so on"
+        looked_for = (
+            f"names that {printable(pattern.pattern)} matches from end to end (such as ckpt_100.pt)"
+            if pattern
+            else "checkpoint-N, step-N and so on"
+        )
         raise InputError(
             f"{root} holds no checkpoint: looked for {looked_for}, found {inside}. Give the folder that your "
             "trainer saves into, name checkpoints one by one, or say how they are named with --pattern"
