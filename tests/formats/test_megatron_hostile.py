@@ -177,3 +177,28 @@ def test_no_name_that_checkpoints_need_counts_as_acting() -> None:
     assert not any(hostile_names.acts(n) for n in PLAIN if n.startswith(("collections", "numpy")))
     assert not hostile_names.acts("torch.float32")
     assert "torch.float32" in TORCH
+
+
+def with_member(attributes: list[str]) -> bytes:
+    """A `Namespace`, and a class of a company's own with `getattr` of it, and of what that gives, in turn."""
+    gets, ends = b"", b""
+    for attribute in attributes:
+        gets = b"c__builtin__\ngetattr\n" + gets
+        ends += b"X" + len(attribute).to_bytes(4, "little") + attribute.encode() + b"\x86R"
+    beside = b"X\x01\x00\x00\x00ncargparse\nNamespace\n)\x81X\x01\x00\x00\x00a"
+    return b"\x80\x02}(" + beside + gets + b"cmycompany.enums\nMode\n" + ends + b"u."
+
+
+def test_an_unknown_enumeration_as_early_python_3_11_writes_it(tmp_path: Path) -> None:
+    paths = [iteration(tmp_path / "run", step) for step in (10, 20)]
+    write_common(paths[1], with_member(["FAST"]))
+    verbs.merge(Choice(paths=tuple(paths)), tmp_path / "out")
+    assert (tmp_path / "out/iter_0000020/common.pt").is_file()
+
+
+@pytest.mark.parametrize("attributes", [["os", "system"], ["__init__"], ["mro", "x"]])
+def test_getattr_that_leads_elsewhere_is_refused(attributes: list[str], tmp_path: Path) -> None:
+    path = iteration(tmp_path / "run", 10)
+    write_common(path, with_member(attributes))
+    with pytest.raises(FormatError, match=r"common\.pt.*getattr"):
+        formats.open_checkpoint(path)

@@ -7,7 +7,7 @@ read as named tensors.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Container, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,7 @@ class DcpReader(FileReader):
             digest.update("\0".join(("", *part.files)).encode())
         return digest.hexdigest()
 
-    def value(self, name: str, records: Collection[str] = ()) -> Any:
+    def value(self, name: str, records: Container[str] = ()) -> Any:
         """A small value of the training state; None where there is none. `records`: see `unpickle`."""
         part = self._home.get(name)
         if part is None:

@@ -145,7 +145,7 @@ def parse(data: bytes, where: str, stored_bytes: int) -> Metadata:
 def _parse(data: bytes, where: str, stored_bytes: int) -> Metadata:
     # an item of a checkpoint has at least a kilobyte, so more names than its files have room for are a trick
     budget_bytes = BUDGET_BYTES + min(4 * stored_bytes, _LARGEST_BUDGET_BYTES)
-    root = unpickle(data, where, globals=_KNOWN, budget_bytes=budget_bytes)
+    root = unpickle(data, where, globals=_KNOWN, records=_ENUMERATIONS, budget_bytes=budget_bytes)
     fields = _fields(root, _Metadata, where)
     specs, stored = fields.get("state_dict_metadata"), fields.get("storage_data")
     if type(specs) is not dict or type(stored) is not dict:
@@ -314,7 +314,6 @@ def _known() -> dict[str, object]:
         f"{metadata}.TensorProperties": _Properties,
         f"{metadata}.MetadataIndex": _Index,
         f"{metadata}.StorageMeta": _Unread,
-        f"{metadata}._MEM_FORMAT_ENCODING": _Unread,
         f"{_CHECKPOINT}.filesystem._StorageInfo": _Storage,
         "olmo_core.distributed.checkpoint.filesystem._StorageInfo": _Storage,
         "torch.serialization._get_layout": _Unread,
@@ -323,7 +322,7 @@ def _known() -> dict[str, object]:
     for name in _DTYPES:
         known[name] = Named(name)
     # Megatron keeps every rank's plan beside, and its own data
-    for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"):
+    for name in ("SavePlan", "WriteItem", "TensorWriteData", "BytesIOWriteData"):
         known[f"{planner}.{name}"] = _Unread
     known[f"{_CHECKPOINT}.filesystem._StoragePrefix"] = _Unread
     for name in ("MCoreSavePlan", "MCoreMetadata"):
@@ -333,3 +332,4 @@ def _known() -> dict[str, object]:
 
 _DTYPES = {f"torch.{name}": dtype for name, dtype in TORCH_DTYPES.items()}
 _KNOWN = _known()
+_ENUMERATIONS = (f"{_CHECKPOINT}.metadata._MEM_FORMAT_ENCODING", f"{_CHECKPOINT}.planner.WriteItemType")

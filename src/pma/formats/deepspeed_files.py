@@ -27,6 +27,8 @@ RECORDS = (
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
 _STEP = "step"
+# members of ZeroStageEnum by value, and by name
+_STAGES = {1: 1, 2: 2, 3: 3, "optimizer_states": 1, "gradients": 2, "weights": 3}
 _FLAT_BY_STAGE = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups"}
 _FLAT_STAGE_3 = "fp32_flat_groups"
 # what is cut among the ranks, or stands elsewhere in what we write
@@ -154,7 +156,8 @@ def _stage(values: Mapping[Any, Any], where: str) -> int:
     if stage is None and _FLAT_BY_STAGE[1] in values:
         return 1  # DeepSpeed's optimizer for bf16 with fp32 gradients does not write it
     if isinstance(stage, Record):
-        stage = stage.args[0] if len(stage.args) == 1 else None
+        (member,) = stage.args if len(stage.args) == 1 else (None,)
+        stage = _STAGES.get(member) if isinstance(member, int | str) else None
     if stage not in (1, 2, 3):
         raise FormatError(f"{where}: ZeRO stage {printable(str(stage))}; stages 1, 2 and 3 are read")
     return int(stage)

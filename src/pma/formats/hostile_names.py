@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from _compat_pickle import IMPORT_MAPPING
+from collections.abc import Container
 
 # modules of Python that hold values and nothing that acts
 _OF_VALUES = frozenset((
@@ -55,3 +56,13 @@ def acts(name: str) -> bool:
     if first in _OF_VALUES and plain & _ACTING:
         return True
     return not plain.isdisjoint(_MODULES_WITHIN) or name.rsplit(".", 1)[-1] in _FUNCTIONS
+
+
+class Harmless:
+    """Contains `listed`, and every name that, as far as is known, does nothing when called."""
+
+    def __init__(self, listed: Container[str]) -> None:
+        self._listed = listed
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and (name in self._listed or not acts(name))

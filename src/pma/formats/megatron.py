@@ -9,13 +9,13 @@ Source: megatron-core 0.16.1, `dist_checkpointing`; Megatron-LM `training/checkp
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Container, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pma.errors import FormatError, IncompleteError, InputError, UsageError, printable
+from pma.formats import hostile_names
 from pma.formats.contracts import CheckpointReader
 from pma.formats.dcp_checkpoint import DcpReader
 from pma.formats.dcp_layout import part_layout
@@ -126,7 +126,7 @@ class Reader(DcpReader):
         not known, FormatError where it cannot be what Megatron wrote.
         """
         name = next(self._common_names(), None)
-        value = self._common_value(name) if name is not None else None
+        value = self._common_value(name, _RECORDS) if name is not None else None
         # megatron-core saves an object as the list of its shards
         value = value[0] if isinstance(value, list) and value else value
         return value if isinstance(value, dict) else {}
@@ -134,8 +134,11 @@ class Reader(DcpReader):
     def _check_common(self) -> None:
         """What Megatron should not load is refused: it would go along with a merge as it is."""
         for name in self._common_names():
-            with suppress(UnknownNameError):
-                self._common_value(name)
+            try:
+                self._common_value(name, _RECORDS)
+            except UnknownNameError:
+                # carried unread, where all that it does is to make objects of such classes
+                self._common_value(name, hostile_names.Harmless(_RECORDS))
 
     def _common_names(self) -> Iterator[str]:
         """The file, then the entries: Megatron looks at one of them, a merge has them all."""
@@ -143,10 +146,10 @@ class Reader(DcpReader):
             yield _COMMON_FILE
         yield from filter(_COMMON_ENTRY.fullmatch, self.tensors)
 
-    def _common_value(self, name: str) -> Any:
+    def _common_value(self, name: str, records: Container[str]) -> Any:
         if name == _COMMON_FILE:
-            return read_archive(self.folder, self.inner + name, records=_RECORDS).value
-        value = self.value(name, _RECORDS)
+            return read_archive(self.folder, self.inner + name, records=records).value
+        value = self.value(name, records)
         if value is None:
             raise FormatError(f"{self.path}: {printable(name)} is too large, or no common state at all")
         return value

@@ -7,7 +7,7 @@ An archive is a zip of stored members: `data.pkl`, a pickle in which each tensor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -16,7 +16,7 @@ from blake3 import blake3
 
 from pma.errors import FormatError, printable
 from pma.formats.folder import Folder
-from pma.formats.unpickling import BUDGET_BYTES, Named, unpickle
+from pma.formats.unpickling import BUDGET_BYTES, Named, unalterable, unpickle
 from pma.formats.zip_directory import Member, ZipDirectory, read_directory
 from pma.types import DType
 
@@ -69,6 +69,7 @@ STORAGE_DTYPES: Mapping[str, DType] = MappingProxyType(
 )
 
 
+@unalterable("an element type")
 @dataclass(frozen=True, eq=False)
 class TorchDType:
     """A `torch.dtype` in a pickle."""
@@ -76,10 +77,8 @@ class TorchDType:
     dtype: DType
     name: str
 
-    def __setstate__(self, state: Any) -> NoReturn:
-        raise FormatError("an element type is altered")
 
-
+@unalterable("a tensor")
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class StoredTensor:
     """A tensor in an archive: its first element lies at `offset_bytes` of the file.
@@ -99,9 +98,6 @@ class StoredTensor:
     requires_grad: bool = False
     parameter: bool = False
 
-    def __setstate__(self, state: Any) -> NoReturn:
-        raise FormatError("a tensor is altered")
-
     @property
     def element_count(self) -> int:
         return math.prod(self.shape)
@@ -117,15 +113,13 @@ class StoredTensor:
         return True
 
 
+@unalterable("a storage")
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class _Storage:
     dtype: DType | None
     key: str
     file: str
     member: Member
-
-    def __setstate__(self, state: Any) -> NoReturn:
-        raise FormatError("a storage is altered")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +138,7 @@ def read_archive(
     offset_bytes: int = 0,
     length_bytes: int | None = None,
     *,
-    records: Collection[str] = (),
+    records: Container[str] = (),
     globals: Mapping[str, Any] = MappingProxyType({}),  # noqa: A002  as in `unpickle`
 ) -> Archive:
     """Read the archive at `offset_bytes` of a file (None: to its end); no tensor's bytes are read.

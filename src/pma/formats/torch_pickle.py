@@ -175,9 +175,16 @@ class _Encoder:
     def _record(self, record: Record, depth: int) -> None:
         if record.kwargs or record.name == "numpy.ndarray":
             raise CannotEncode("an object made with named arguments cannot be written in protocol 2")
-        self.name(record.name)
-        self.elements(record.args, depth)
-        self._emit(b"tR" if record.called else b"t\x81")
+        if record.by_name:
+            self.name("__builtin__.getattr")
+            self._emit(b"(")
+            self.name(record.name)
+            self.put(record.args[0], depth)
+            self._emit(b"tR")
+        else:
+            self.name(record.name)
+            self.elements(record.args, depth)
+            self._emit(b"tR" if record.called else b"t\x81")
         self.begun(record)
         if record.elements:
             self.elements(record.elements, depth)

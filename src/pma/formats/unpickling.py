@@ -12,9 +12,9 @@ import gc
 import io
 import pickle
 import struct
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, NoReturn, final
+from typing import Any, NoReturn, TypeVar, final
 
 from pma.errors import FormatError, printable
 from pma.formats import hostile_names
@@ -22,6 +22,7 @@ from pma.formats.pickle_scan import scan
 
 #: what the values of a pickle may take, unless a caller allows more
 BUDGET_BYTES = 40 * 2**20
+_GETATTR = ("builtins.getattr", "__builtin__.getattr")
 _COLLECTED_FROM_BYTES = 2**20
 
 
@@ -33,15 +34,17 @@ class Record:
     """Inert stand-in of an object: the dotted name of its class or function, and what it was made with.
 
     `args` and `kwargs`: of its construction; `called`: whether the name was called, rather than an object of
-    the class made without its constructor. `state`: what would restore it, None where the pickle gives none.
+    the class made without its constructor; `by_name`: whether it is the member of an enumeration whose name
+    is its argument. `state`: what would restore it, None where the pickle gives none.
     `entries` and `elements`: of one that is also a mapping or a list. Two records are equal only if they are
     the same.
     """
 
-    __slots__ = ("args", "called", "elements", "entries", "kwargs", "state")
+    __slots__ = ("args", "by_name", "called", "elements", "entries", "kwargs", "state")
     name = ""
 
     called: bool
+    by_name: bool
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     state: Any
@@ -51,7 +54,7 @@ class Record:
     def __new__(cls, *args: Any, **kwargs: Any) -> Record:
         made = object.__new__(cls)
         made.args, made.kwargs = args, kwargs
-        made.called = False
+        made.called = made.by_name = False
         made.state = made.entries = made.elements = None
         return made
 
@@ -107,6 +110,24 @@ class Named:
         return f"Named({printable(self.name)})"
 
 
+T = TypeVar("T")
+
+
+def unalterable(what: str) -> Callable[[type[T]], type[T]]:
+    """A class whose objects no pickle gives another state. Goes above `dataclass`, which before Python 3.11.3
+    replaces a `__setstate__` that stands in a frozen class with slots.
+    """
+
+    def refuse(self: object, state: Any) -> NoReturn:
+        raise FormatError(f"{what} is altered")
+
+    def closed(cls: type[T]) -> type[T]:
+        cls.__setstate__ = refuse  # type: ignore[attr-defined]
+        return cls
+
+    return closed
+
+
 class OrderedMapping(dict[Any, Any]):
     """A `collections.OrderedDict`, with the attributes it had (torch puts `_metadata` on state dicts)."""
 
@@ -152,7 +173,7 @@ def unpickle(
     where: str,
     *,
     globals: Mapping[str, Any] = MappingProxyType({}),  # noqa: A002  the pickle machine's own word
-    records: Collection[str] = (),
+    records: Container[str] = (),
     persistent_load: Callable[[Any], Any] | None = None,
     budget_bytes: int = BUDGET_BYTES,
 ) -> Any:
@@ -160,16 +181,20 @@ def unpickle(
 
     `globals`: what stands for a dotted name beside `PLAIN`: a function, a class of ours, any value. A class
     is handed out as it is; it must be safe to make from any arguments and to give any state, and hash by
-    identity. `records`: names of classes and functions that become records. `persistent_load`: makes a value
-    of a persistent id. `budget_bytes`: about how much memory its values may take.
+    identity. `records`: names of classes and functions that become records; beside one, `getattr` may be
+    asked for a member of it, which is how Python 3.11.0 to 3.11.3 write enumerations. `persistent_load`:
+    makes a value of a persistent id. `budget_bytes`: about how much memory its values may take.
 
     Raises FormatError for the first thing that is wrong; UnknownNameError if that is only a global that is
     not listed and, as far as is known, does nothing when called (`hostile_names`).
     """
     scanned = scan(data, where, budget_bytes)
+    asked = dict.fromkeys(scanned.globals)
     known: dict[str, Any] = {}
+    if any(name in records for name in asked):
+        known = {name: Named(name, _member) for name in _GETATTR if name in asked}
     # what acts first, so that nothing unknown before it hides it
-    for name in sorted(dict.fromkeys(scanned.globals), key=hostile_names.acts, reverse=True):
+    for name in sorted(asked.keys() - known.keys(), key=lambda name: (not hostile_names.acts(name), name)):
         known[name] = _stand_in(name, globals, records, where)
     collecting = gc.isenabled() and len(data) > _COLLECTED_FROM_BYTES
     if collecting:  # nothing made here is garbage; looking for it doubles the time
@@ -187,7 +212,7 @@ def unpickle(
             gc.enable()
 
 
-def _stand_in(name: str, globals_: Mapping[str, Any], records: Collection[str], where: str) -> Any:
+def _stand_in(name: str, globals_: Mapping[str, Any], records: Container[str], where: str) -> Any:
     if name in globals_ or name in PLAIN:
         found = globals_[name] if name in globals_ else PLAIN[name]
         plain_function = callable(found) and not isinstance(found, (type, Named))
@@ -222,6 +247,16 @@ class _Unpickler(pickle.Unpickler):
         if self._persistent_load is None:
             raise FormatError("it refers to something outside of itself (a persistent id)")
         return self._persistent_load(pid)
+
+
+def _member(owner: Any, name: Any) -> Record:
+    """A member of an enumeration by its name; nothing is looked up."""
+    plain = isinstance(name, str) and name.isidentifier() and not name.startswith("_")
+    if not (isinstance(owner, type) and issubclass(owner, Record) and plain):
+        raise FormatError("builtins.getattr is asked for something else than a member of an enumeration")
+    made = owner(name)
+    made.by_name = True
+    return made
 
 
 def _set(items: Any = ()) -> set[Any]:
