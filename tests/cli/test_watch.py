@@ -143,7 +143,7 @@ def test_what_people_see(folder: Path) -> None:
     )
     assert done.exit_code == 0, done.stderr
     assert "Step 40, 4K tokens: the raw checkpoint's held-out loss is" in done.stderr
-    assert "no merge: --last 10: there are only 1" in done.stderr
+    assert "step 10: no merge: there are no more before it" in done.stderr
     assert "4 points, 4 of them new" in done.stdout
     assert "4: steps 10 to 40" in done.stdout
     assert (folder / "run" / ".pma" / "kept" / "checkpoint-10" / "model.safetensors").is_file()

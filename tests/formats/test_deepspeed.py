@@ -29,7 +29,7 @@ from pma.testing.contracts import read_whole
 from pma.testing.refusals import assert_refused
 from pma.types import DType, Layout, Role, TensorSpec
 
-from .zero_files import Zero
+from .zero_files import Zero, ZeroStageEnum
 
 SHAPES = {"embed": (7, 5), "layer.0.weight": (5, 6), "layer.0.bias": (3,), "scale": (), "one": (1,)}
 
@@ -256,7 +256,24 @@ def test_the_newest_optimizer_is_carried(tmp_path: Path) -> None:
     assert not state.keys() & {"base_optimizer_state", "single_partition_of_fp32_groups"}
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_stages_by_name(stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Python 3.11.0 to 3.11.3 write enumerations."""
+
+    def by_name(self: ZeroStageEnum, _: object) -> Any:
+        return getattr, (ZeroStageEnum, self.name)
+
+    monkeypatch.setattr(ZeroStageEnum, "__reduce_ex__", by_name)
+    sources = run(tmp_path / "run", stage)
+    out = merged(tmp_path / "run", tmp_path / "out")
+    assert formats.read_meta(out).step == 30
+    trained = {name for group in sources[0].groups for name in group}
+    assert trained <= formats.open_checkpoint(out).tensors.keys()
+
+
 class Inert:
+    gradients = None  # asked for by name where Python 3.11.0 to 3.11.3 wrote the file
+
     def __init__(self, *_: object) -> None:
         pass
 

@@ -47,10 +47,8 @@ def evaluate(
     annealed: Annotated[
         Path | None, typer.Option("--annealed", help="An annealed checkpoint: adds the gain recovered.")
     ] = None,
-    cloze: Annotated[int, typer.Option("--cloze", min=0, help="Number of cloze items; 0 for none.")] = 400,
-    context: Annotated[
-        int | None, typer.Option("--context", min=2, help="Tokens the model looks at; its own by default.")
-    ] = None,
+    cloze: flags.Cloze = 400,
+    context: flags.Context = None,
     tasks: flags.Tasks = None,
     limit: flags.TaskLimit = None,
     weights: flags.TaskWeights = None,

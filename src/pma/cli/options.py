@@ -119,6 +119,10 @@ Tasks = Annotated[
         "--tasks", metavar="TASK,…", help="Tasks of lm-evaluation-harness, .jsonl files, or folders of them."
     ),
 ]
+Cloze = Annotated[int, typer.Option("--cloze", min=0, help="Number of cloze items; 0 for none.")]
+Context = Annotated[
+    int | None, typer.Option("--context", min=2, help="Tokens the model looks at; its own by default.")
+]
 TaskLimit = Annotated[
     int | None, typer.Option("--limit", min=2, help="With --tasks: at most so many items of each.")
 ]

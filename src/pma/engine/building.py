@@ -20,12 +20,12 @@ from pma.engine.staging import (
     make_staging_folder,
     publish,
     refuse_existing,
-    sync_folder,
     sync_folders,
 )
 from pma.engine.stopping import StopFlag
 from pma.engine.stream import Output
 from pma.errors import UsageError
+from pma.formats.files import sync_folder
 from pma.formats.folder_writer import FolderWriter
 
 SAVE_SECONDS = 5.0

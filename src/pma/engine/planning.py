@@ -50,16 +50,8 @@ def plan(
         weights = means.weighed(weights, recorded) if options.weights is None else weights
     with ExitStack() as on_error:
         readers, snapshot = _open(points, options, {} if opened is None else opened, on_error)
-        newest = readers[-1]
-        everything = {name: s for r in readers for name, s in r.tensors.items() if options.wants(s)}
-        check_patterns(everything, options)
-        check_training_state(newest, options)
-        excluded = converting.left_out(newest)
-        if options.like is None:
-            excluded = tuple(n for n in everything if any(fnmatchcase(n, p) for p in options.exclude))
-        unwanted = set(excluded)
-        tensors = {n: s for n, s in newest.tensors.items() if n in everything and n not in unwanted}
-        policies = {name: _policy(spec, options, newest.path) for name, spec in tensors.items()}
+        tensors, excluded = _chosen(readers, options)
+        policies = {name: _policy(spec, options, readers[-1].path) for name, spec in tensors.items()}
         averaged = {name for name, policy in policies.items() if policy is Policy.AVERAGE}
         compared = {n: s for n, s in tensors.items() if s.role in _COMPARED or n in averaged}
         check_same(readers, compared, excluded)
@@ -120,6 +112,21 @@ def _open(
             else readers[-1:]
         )
     return readers, snapshot
+
+
+def _chosen(
+    readers: Sequence[CheckpointReader], options: MergeOptions
+) -> tuple[dict[str, TensorSpec], tuple[str, ...]]:
+    """The newest checkpoint's tensors that the output has, and the names of those that are left out."""
+    newest = readers[-1]
+    everything = {name: s for r in readers for name, s in r.tensors.items() if options.wants(s)}
+    check_patterns(everything, options)
+    check_training_state(newest, options)
+    excluded = converting.left_out(newest)
+    if options.like is None:
+        excluded = tuple(n for n in everything if any(fnmatchcase(n, p) for p in options.exclude))
+    unwanted = set(excluded)
+    return {n: s for n, s in newest.tensors.items() if n in everything and n not in unwanted}, excluded
 
 
 def _from_mean(spec: TensorSpec, options: MergeOptions) -> bool:

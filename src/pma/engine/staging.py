@@ -11,6 +11,7 @@ from pma.engine.journal import JOURNAL_FILE
 from pma.engine.lease import LEASE_FILE
 from pma.errors import UsageError
 from pma.formats import UNFINISHED_SUFFIX
+from pma.formats.files import sync_folder
 
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 
@@ -93,15 +94,6 @@ def sync_folders(folder: Path) -> None:
     for inner in folder.rglob("*/"):
         sync_folder(inner)
     sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the folder's list of names durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _rename_without_replacing(folder: Path, out: Path) -> None:

@@ -20,6 +20,15 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MOST_BUFFERS = 512  # a call of preadv takes at most IOV_MAX buffers, 1024 on Linux
 
 
+def sync_folder(folder: Path) -> None:
+    """Make the folder's list of names durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class OpenFiles:
     """A thread-safe cache of open files, so that ten checkpoints of 163 shards stay below the limit of open
     files.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pma.errors import SpaceError, StorageError, UsageError
-from pma.formats.files import NO_ROOM
+from pma.formats.files import NO_ROOM, sync_folder
 from pma.formats.safetensors_header import encode_header
 from pma.formats.torch_archive import TORCH_DTYPES
 from pma.types import TensorSpec
@@ -75,15 +75,6 @@ def need_folder(path: Path, what: str) -> None:
     """Raises UsageError unless the folder that `what` goes into is there."""
     if not path.is_dir():
         raise UsageError(f"{path} is no folder: the checkpoint is saved first, {what} then goes beside it")
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _spec(name: str, tensor: torch.Tensor) -> TensorSpec:

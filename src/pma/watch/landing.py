@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pma import averaging, sweeping, trajectory
@@ -76,14 +76,27 @@ def window_at(found: Trajectory, step: int, wanted: Wanted) -> tuple[tuple[Traje
     """The longest window that ends at `step` with at most `wanted.last` checkpoints and crosses no phases;
     and why it is shorter, if it is. Of one checkpoint it is no merge.
     """
-    why: str | None = None
+    full = Window(last=wanted.last, every=wanted.every, at=step, allow_mixed_phases=wanted.allow_mixed_phases)
     for last in range(wanted.last, 1, -1):
-        window = Window(last=last, every=wanted.every, at=step, allow_mixed_phases=wanted.allow_mixed_phases)
-        try:
-            return trajectory.select(found, window), why
-        except UsageError as error:
-            why = why or str(error)
-    return trajectory.select(found, Window(last=1, at=step)), why
+        window = _selected(found, replace(full, last=last))
+        if window is not None:
+            return window, None if last == wanted.last else _why_shorter(found, full, last)
+    return trajectory.select(found, Window(last=1, at=step)), _why_shorter(found, full, 1)
+
+
+def _selected(found: Trajectory, window: Window) -> tuple[TrajectoryPoint, ...] | None:
+    try:
+        return trajectory.select(found, window)
+    except UsageError:
+        return None
+
+
+def _why_shorter(found: Trajectory, full: Window, last: int) -> str:
+    one_more = replace(full, last=last + 1, allow_mixed_phases=True)
+    if _selected(found, one_more) is not None:
+        return "a longer window crosses phases (warmup, decay, or another learning rate)"
+    distance = "" if full.every is None else f" {full.every} apart"
+    return f"there are no more{distance} before it"
 
 
 def evaluated(
