@@ -220,7 +220,7 @@ def test_gaps_and_duplicates_are_told(tmp_path: Path) -> None:
     curves = read(write_lines(tmp_path / "log.jsonl", rows))
     assert curves.loss[-1] == 1.0
     assert "1 steps were logged twice; the later written values are taken" in curves.notes
-    assert "1 gaps without entries, the first between steps 49 and 200" in curves.notes
+    assert "1 gap without entries, the first between steps 49 and 200" in curves.notes
 
 
 def test_a_last_line_that_is_cut_is_left_out(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -182,7 +183,7 @@ def _show_plan(description: dict[str, Any]) -> None:
         note(f"left out: {entry['path']}: {entry['reason']}")
     note_means(description)
     if description["ignored_files"]:
-        note(f"not part of the checkpoints and not read: {_listed(description['ignored_files'])}")
+        note(f"not part of the checkpoints and not read: {_listed(_beside(description))}")
     policies = ", ".join(f"{count} {policy}" for policy, count in description["tensors"].items() if count)
     read, written = description["bytes_to_read"], description["bytes_to_write"]
     say()
@@ -209,6 +210,16 @@ def _show_plan(description: dict[str, Any]) -> None:
     )
     if "suggestion" in description:
         say(f"suggestion  {description['suggestion']}")
+
+
+def _beside(description: dict[str, Any]) -> list[str]:
+    """Files that are ignored, once for all checkpoints that have them."""
+    folders = [f"{source['path']}/" for source in description["sources"]]
+    inner = [
+        next((file.removeprefix(folder) for folder in folders if file.startswith(folder)), file)
+        for file in description["ignored_files"]
+    ]
+    return [f"{name} ({count} times)" if count > 1 else name for name, count in Counter(inner).items()]
 
 
 def _listed(names: list[str]) -> str:

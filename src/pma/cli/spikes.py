@@ -126,7 +126,7 @@ def _show(found: trajectory.Spikes, last: int) -> None:
     if not ways:
         say(f"Nothing broke away in {span}.")
         return
-    say(f"{len(ways)} breakaways in {span}.")
+    say(f"{len(ways)} breakaway{'' if len(ways) == 1 else 's'} in {span}.")
     table(
         ("what", "kind", "from step", "to", "peak at", "level", "peak", "MADs"),
         [_row(way.breakaway) for way in ways[:_ALL_SHOWN]],

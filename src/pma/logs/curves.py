@@ -285,8 +285,6 @@ def _gap_notes(steps: NDArray[np.int64]) -> list[str]:
     gaps = np.flatnonzero(distances > _GAP * usual)
     if not len(gaps):
         return []
-    first = int(gaps[0])
-    return [
-        f"{len(gaps)} gaps without entries, the first between steps {int(steps[first])} and "
-        f"{int(steps[first + 1])}"
-    ]
+    first, many = int(gaps[0]), "" if len(gaps) == 1 else "s"
+    between = f"{int(steps[first])} and {int(steps[first + 1])}"
+    return [f"{len(gaps)} gap{many} without entries, the first between steps {between}"]

@@ -148,8 +148,8 @@ def _drawn(watched: Watched, measured: Measured) -> list[Section]:
     if not points and not left:
         return []
     notes = [
-        "Bars: the 95% interval of a merge's gain over the raw checkpoint that it ends with, paired by "
-        "document or by item."
+        "Bars and shading: the 95% interval of a merge's gain over the raw checkpoint that it ends with, "
+        "paired by document or by item; ± is one standard error."
     ]
     if len(watched.points) < watched.of_points:
         notes.append(f"Drawn: {len(watched.points)} of {watched.of_points} points; all are in the store.")
