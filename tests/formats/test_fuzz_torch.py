@@ -129,17 +129,17 @@ def test_pickles(data: bytes) -> None:
         assert set(scan(data, "x", 2**30).globals) <= {*PLAIN, *TORCH}
 
 
-def in_a_file(data: bytes, parse: Callable[[Path], Any]) -> None:
+def in_a_file(data: bytes, parse: Callable[[Path], Any], name: str = "model.pt") -> None:
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "model.pt"
+        path = Path(folder) / name
         path.write_bytes(data)
         with harmless("open"):
-            message = "model.pt"
+            message = name
             try:
                 parse(path)
             except (FormatError, IncompleteError) as error:
                 message = str(error)
-        assert "model.pt" in message
+        assert name in message
         assert message.isprintable()
 
 

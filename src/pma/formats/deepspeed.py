@@ -140,8 +140,14 @@ class ZeroReader(FileReader):
         self._whole |= {name: (whole_fragment(name, t),) for name, t in self._model.buffers.items()}
 
     def _vectors_of(self, ranks: Sequence[OptimizerStates]) -> dict[str, list[Vector]]:
-        """By what they are: weights, and each moment that every rank has."""
-        kinds = [kind for kind in ranks[0].vectors if all(kind in rank.vectors for rank in ranks)]
+        """By what they are: weights, and each moment."""
+        kinds = list(ranks[0].vectors)
+        for rank in ranks[1:]:
+            for kind in rank.vectors.keys() ^ ranks[0].vectors.keys():
+                raise FormatError(
+                    f"{self.path}: {ranks[0].file} and {rank.file} differ in what the optimizer keeps: only "
+                    f"one has {printable(kind)}"
+                )
         for kind in kinds:
             if len({tensor.dtype for rank in ranks for tensor in rank.vectors[kind]}) > 1:
                 raise FormatError(f"{self.path}: {printable(kind)} is of several types")
