@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from pma import __version__
-from pma.cli import evaluating, merging, restarting, spikes, sweeping, training, watching
+from pma.cli import evaluating, inspecting, merging, restarting, spikes, sweeping, training, watching
 from pma.cli.output import say
 from pma.errors import Interrupted
 
@@ -27,6 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 training.register_demo(app)
+inspecting.register(app)
 merging.register(app)
 sweeping.register(app)
 evaluating.register(app)

@@ -115,3 +115,8 @@ def _plain_lines(title: str, total: float) -> Callable[[float, str], None]:
             note(f"{title}: {100 * done / max(total, 1):.0f}% {words}")
 
     return show
+
+
+def or_unknown(value: float | None) -> str:
+    """A number as people read it, or that it is unknown."""
+    return "unknown" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

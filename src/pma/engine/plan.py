@@ -108,7 +108,6 @@ class Plan:
     tile_bytes: int
     side_files: Mapping[str, bytes]
     left_out: tuple[tuple[Path, str], ...] = ()
-    means_beside: int = 0
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -166,7 +165,7 @@ class Plan:
             "scheme": self.options.scheme_text,
             "use": self.options.use,
             "interval_means": means.described(used) if used else None,
-            "interval_means_beside": self.means_beside,
+            "interval_means_beside": means.stored_beside([source.point for source in self.sources]),
             "sources": [_described(source) for source in self.sources],
             "left_out": [{"path": str(path), "reason": reason} for path, reason in self.left_out],
             "ignored_files": [f"{r.path / name}" for r in self.readers for name in r.ignored_files],

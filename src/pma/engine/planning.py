@@ -81,7 +81,6 @@ def plan(
         tile_bytes=tile_bytes,
         side_files=beside,
         left_out=tuple(left_out),
-        means_beside=len(points) if options.uses_means else means.stored_beside(points),
     )
 
 
