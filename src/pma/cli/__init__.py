@@ -11,7 +11,17 @@ from typing import Annotated
 import typer
 
 from pma import __version__
-from pma.cli import evaluating, inspecting, merging, restarting, spikes, sweeping, training, watching
+from pma.cli import (
+    evaluating,
+    inspecting,
+    merging,
+    restarting,
+    spikes,
+    studying,
+    sweeping,
+    training,
+    watching,
+)
 from pma.cli.output import say
 from pma.errors import Interrupted
 
@@ -35,6 +45,7 @@ spikes.register(app)
 training.register(app)
 restarting.register(app)
 watching.register(app)
+studying.register(app)
 
 
 def _print_version(asked: bool) -> None:

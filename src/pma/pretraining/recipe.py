@@ -43,6 +43,7 @@ class RunRecipe:
     """How long, how often a checkpoint is written, how much a step takes in.
 
     `interval_means`: store the mean of the weights over all steps since the last checkpoint beside each.
+    `compiled`: by torch.compile.
     """
 
     tokens: int
@@ -53,6 +54,7 @@ class RunRecipe:
     seed: int = 0
     precision: str = "float32"
     interval_means: bool = True
+    compiled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -292,6 +292,7 @@ def _arguments(out: Path, record: RunRecord, steps: int) -> Any:
         weight_decay=optimizer.weight_decay,
         max_grad_norm=optimizer.gradient_clip,
         bf16=recipe.run.precision == "bfloat16",
+        torch_compile=recipe.run.compiled,
         include_num_input_tokens_seen="all",
         save_strategy="no",
         logging_steps=recipe.run.log_every_steps,

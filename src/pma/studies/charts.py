@@ -1,0 +1,72 @@
+"""Figures of the studies: panels of lines with the spread over seeds, in the house's style."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pma.reporting.charts import COLOURS, finished, require_altair
+
+# raw, merged and annealed as everywhere; further models in this order
+_MORE = ("#3b6fb6", "#a04ea0", "#b8a03a", "#50a5a5", "#c25b5b", "#777777")
+_PANEL_WIDTH, _PANEL_HEIGHT = 230, 190
+
+
+def panels(
+    points: Sequence[Mapping[str, Any]],
+    *,
+    x: str,
+    log_x: bool = False,
+    models: Sequence[str] = (),
+    lines: bool = True,
+    width: int = _PANEL_WIDTH,
+) -> Any:
+    """A row of panels for each `metric` (in words, the axis' title), a column for each `panel`; lines join
+    the means over seeds of each `model`, and thin bars reach from the lowest seed to the highest. `points`:
+    panel, metric, x, y, model; one for each seed. `models`: their order in the legend.
+    """
+    alt = require_altair()
+    metrics = list(dict.fromkeys(point["metric"] for point in points))
+    columns = list(dict.fromkeys(point["panel"] for point in points))
+    colour = colours(alt, models or list(dict.fromkeys(point["model"] for point in points)))
+    rows = []
+    for metric in metrics:
+        row = []
+        for column in columns:
+            mine = [p for p in points if p["metric"] == metric and p["panel"] == column]
+            base = alt.Chart(alt.Data(values=mine)).encode(
+                x=alt.X(
+                    "x:Q",
+                    title=x if metric == metrics[-1] else None,
+                    scale=alt.Scale(type="log") if log_x else alt.Scale(zero=False),
+                    axis=alt.Axis(format="~s", tickCount=5),
+                ),
+                color=colour,
+            )
+            title = metric if column == columns[0] else None
+            y = alt.Y("mean(y):Q", title=title, scale=alt.Scale(zero=False))
+            drawn = base.mark_point(filled=True, size=45).encode(y=y)
+            if lines:
+                drawn = base.mark_line().encode(y=y) + drawn
+            spread = base.mark_rule(opacity=0.6).encode(y=alt.Y("min(y):Q", title=title), y2="max(y):Q")
+            row.append((drawn + spread).properties(width=width, height=_PANEL_HEIGHT, title=column))
+        rows.append(alt.hconcat(*row))
+    return finished(alt.vconcat(*rows))
+
+
+def colours(alt: Any, models: Sequence[str]) -> Any:
+    """The colour of each model: the house's for raw, merged and annealed."""
+    more = iter(_MORE * 3)
+    shades = [COLOURS[name] if name in COLOURS else next(more) for name in models]
+    return alt.Color(
+        "model:N",
+        sort=list(models),
+        scale=alt.Scale(domain=list(models), range=shades),
+        title=None,
+        legend=alt.Legend(orient="top", labelLimit=400, symbolOpacity=1),
+    )
+
+
+def mean_of(by_seed: Sequence[Mapping[str, float]], name: str) -> float:
+    """Mean over seeds of one figure."""
+    return sum(each[name] for each in by_seed) / len(by_seed)
