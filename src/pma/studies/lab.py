@@ -4,9 +4,8 @@ measured.
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from pma.studies.data import Data
 from pma.studies.making import Made
 from pma.studies.measuring import Measured, Reading
 from pma.studies.presets import Preset
+from pma.studies.workers import pool
 
 HELD_OUT, VALIDATION = "held_out", "validation"
 
@@ -57,13 +57,13 @@ class Lab:
         if not tasks:
             return
         total, done = len(tasks), 0
-        with self._pool() as pool:
+        with pool(self.jobs) as workers:
             running: dict[Future[None], Path] = {}
             while tasks or running:
                 pending = {*tasks, *running.values()}
                 for path in [path for path, (_, needs) in tasks.items() if not needs & pending]:
                     made, _ = tasks.pop(path)
-                    running[pool.submit(making.ensure, made, self.home, self.deadline)] = path
+                    running[workers.submit(making.ensure, made, self.home, self.deadline)] = path
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     future.result()
                     done += 1
@@ -83,10 +83,10 @@ class Lab:
         )
         missing = [item for item in wanted if measuring.known(item, how, self.home) is None]
         if missing:
-            with self._pool() as pool:
+            with pool(self.jobs) as workers:
                 # neighbours share a run, so a worker's parts are contiguous
                 futures = [
-                    pool.submit(measuring.measure, item, how, self.home, self.deadline) for item in missing
+                    workers.submit(measuring.measure, item, how, self.home, self.deadline) for item in missing
                 ]
                 for number, future in enumerate(futures, 1):
                     future.result()
@@ -95,20 +95,7 @@ class Lab:
         readings = [measuring.known(item, how, self.home) for item in wanted]
         return [reading for reading in readings if reading is not None]
 
-    def _pool(self) -> ProcessPoolExecutor:
-        self.home.mkdir(parents=True, exist_ok=True)
-        context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self.jobs, mp_context=context, initializer=_start)
-
     def map(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """`function` of each of `arguments`, as many at once as `jobs`; all must be importable by name."""
-        with self._pool() as pool:
-            return [future.result() for future in [pool.submit(function, *each) for each in arguments]]
-
-
-def _start() -> None:
-    """Runs are parallel, not steps: tiny models gain nothing from threads."""
-    import torch
-
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)
+        with pool(self.jobs) as workers:
+            return [future.result() for future in [workers.submit(function, *each) for each in arguments]]

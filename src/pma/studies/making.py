@@ -19,6 +19,8 @@ from pma.results import content_key
 from pma.studies.data import Text
 from pma.verbs import Choice
 
+OPTIMIZER_FILE = "optimizer.pt"
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Made:
@@ -76,11 +78,14 @@ class Prepared(Made):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Trunk(Run):
-    """A run at constant learning rate."""
+    """A run at constant learning rate. `resumable_steps`: whose optimizer's state, two thirds of a
+    checkpoint, is kept once the run is done; None keeps all.
+    """
 
     kind: ClassVar[str] = "trunk"
     recipe: Recipe
     text: Text
+    resumable_steps: tuple[int, ...] | None = None
 
     def describe(self) -> dict[str, Any]:
         return {"recipe": self.recipe.to_json(), "text": self.text.digest}
@@ -92,6 +97,10 @@ class Trunk(Run):
         run_folder.enter(folder, RunRecord(recipe=self.recipe, text=self.text.names))
         run_folder.borrow_text(folder, self.needs()[0].folder(home))
         pretrain(self.recipe, folder, text=self.text.names, progress=_stopping)
+        if self.resumable_steps is not None:
+            for checkpoint in folder.glob("checkpoint-*"):
+                if int(checkpoint.name.removeprefix("checkpoint-")) not in self.resumable_steps:
+                    (checkpoint / OPTIMIZER_FILE).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

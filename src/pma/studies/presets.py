@@ -126,7 +126,7 @@ def _cpu() -> Preset:
         log_every_steps=25,
         interval_means=False,
     )
-    with_means = replace(run, interval_means=True)
+    with_means = replace(run, interval_means=True)  # the middle sizes, of which most is asked
     shapes = {"0.2M": (64, 176, run), "0.4M": (96, 256, with_means), "0.9M": (144, 384, run)}
     sizes = tuple(
         _size(
@@ -136,7 +136,7 @@ def _cpu() -> Preset:
             layers=3,
             heads=4,
             experts=8 if family == MIXTURE else 0,
-            rates=(1e-3, 2e-3, 4e-3, 8e-3),
+            rates=(1e-3, 2e-3, 4e-3, 8e-3) if how.interval_means else (1e-3, 2e-3, 4e-3),
             vocabulary_tokens=1024,
             context_tokens=128,
             run=how,

@@ -16,6 +16,7 @@ from pma.studies.presets import preset
 from pma.studies.telling import Told
 
 INDEX_FILE = "README.md"
+BEGIN, END = "<!-- studies -->", "<!-- end of studies -->"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +100,8 @@ def command(each: Study, request: Request) -> str:
 def write_index(out: Path) -> None:
     """Write the table of all studies between its marks in the index, and leave the rest of it alone."""
     path = out / INDEX_FILE
-    begin, end = "<!-- studies -->", "<!-- end of studies -->"
-    text = path.read_text(encoding="utf-8") if path.is_file() else f"# Studies\n\n{begin}\n{end}\n"
-    if begin not in text or end not in text:
-        text += f"\n{begin}\n{end}\n"
-    before, after = text.split(begin)[0], text.split(end)[1]
-    path.write_text(f"{before}{begin}\n{writing.index(out, STUDIES)}{end}{after}", encoding="utf-8")
+    text = path.read_text(encoding="utf-8") if path.is_file() else f"# Studies\n\n{BEGIN}\n{END}\n"
+    if BEGIN not in text or END not in text:
+        text += f"\n{BEGIN}\n{END}\n"
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    path.write_text(f"{before}{BEGIN}\n{writing.index(out, STUDIES)}{END}{after}", encoding="utf-8")

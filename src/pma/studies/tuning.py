@@ -24,7 +24,9 @@ class Tuned:
 
 def trunk(lab: Lab, size: Size, rate: float, seed: int) -> Trunk:
     """The run of a size at a constant rate."""
-    return Trunk(recipe=size.at(rate, seed), text=lab.data.text)
+    # studies of one size go on from many of its checkpoints; the other sizes are only annealed
+    steps = None if size.name in lab.preset.middle else (*lab.preset.fork_steps, lab.preset.steps)
+    return Trunk(recipe=size.at(rate, seed), text=lab.data.text, resumable_steps=steps)
 
 
 def anneal(lab: Lab, run: Trunk, step: int | None = None, shape: str = "cosine") -> Anneal:
