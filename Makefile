@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO ?= demo
 
-.PHONY: help demo demo-moe test test-frameworks torture check bench clean
+.PHONY: help demo demo-moe test test-frameworks torture studies check bench clean
 
 help:
 	@echo "make demo    the whole story: pre-train, merge, anneal, evaluate, report (about two minutes on two cores)"
 	@echo "make test    all tests (under five minutes on two cores)"
 	@echo "make test-frameworks  tests with DeepSpeed, Lightning, Megatron-core and OLMo-core, in an environment of its own"
 	@echo "make torture a thousand kills, power lost at every moment, a day of pma watch"
+	@echo "make studies every study at a size too small to show anything: that their code runs"
 	@echo "make check   lint, format, types, import contract, README commands"
 	@echo "make bench   merge speed beside plain reads and writes, a torch loop, and mergekit (15 GB of disk)"
 
@@ -46,6 +47,10 @@ TIMES ?= 10
 torture: .venv/.installed
 	PMA_TORTURE=$(TIMES) OMP_NUM_THREADS=1 $(BIN)/pytest tests/torture -s
 
+STUDIES ?= studies-toy
+studies: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/pma study all --preset toy --seeds 2 --jobs 2 --home $(STUDIES)/home -o $(STUDIES)/results
+
 check: .venv/.installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -58,4 +63,4 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/format_speed.py
 
 clean:
-	rm -rf .venv .venv-frameworks demo demo-moe benchmarks/.mergekit-venv
+	rm -rf .venv .venv-frameworks demo demo-moe studies-toy benchmarks/.mergekit-venv

@@ -48,6 +48,7 @@ def run_studies(request: Request, say: Callable[[str], None]) -> list[tuple[Stud
     deadline = None if request.minutes is None else time.time() + 60 * request.minutes
     size = preset(request.preset)
     studies = request.studies
+    writing.versions()  # what is missing is said now, not after hours
     data = find_data(request.data, size.corpus, size.tasks, request.home)
     told = []
     for each in studies:

@@ -33,8 +33,12 @@ class Interval:
     by_seed: tuple[float, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+        """Plain values; JSON has no infinity, so ends that are not known are None."""
+        ends = {
+            name: end if np.isfinite(end) else None for name, end in (("low", self.low), ("high", self.high))
+        }
+        error = self.standard_error if np.isfinite(self.standard_error) else None
+        return {**asdict(self), **ends, "standard_error": error}
 
 
 def of_values(value_S: Sequence[float]) -> Interval:
@@ -145,8 +149,12 @@ def _reach(value: float, errors: Sequence[tuple[float, int]]) -> tuple[float, fl
 
 
 def shown(interval: Interval | dict[str, Any], digits: int = 3, *, signed: bool = True) -> str:
-    """`+0.049 (+0.045 to +0.053)`, from an interval or its JSON."""
+    """`+0.049 (+0.045 to +0.053)`, from an interval or its JSON; `+0.049 (one seed)` where the ends are not
+    known.
+    """
     told = interval.to_json() if isinstance(interval, Interval) else interval
     sign = "+" if signed else ""
+    if told["low"] is None:
+        return f"{told['value']:{sign}.{digits}f} (one seed)".replace("-", "−")
     value, low, high = (f"{told[key]:{sign}.{digits}f}".replace("-", "−") for key in ("value", "low", "high"))
     return f"{value} ({low} to {high})"

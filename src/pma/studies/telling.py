@@ -53,8 +53,12 @@ class Told:
         return ", ".join(f"{count} of {len(verdicts)} {verdict.value}" for verdict, count in counts if count)
 
 
-def sign_verdict(low: float, high: float, *, claimed_positive: bool = True) -> Verdict:
-    """Of a claim that a quantity is above zero (or below), from its 95% interval."""
+def sign_verdict(low: float | None, high: float | None, *, claimed_positive: bool = True) -> Verdict:
+    """Of a claim that a quantity is above zero (or below), from its 95% interval; None where an end is not
+    known.
+    """
+    if low is None or high is None:
+        return Verdict.CANNOT_TELL
     if not claimed_positive:
         low, high = -high, -low
     if low > 0:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import platform
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pma.errors import InputError
+from pma.errors import InputError, MissingExtra
 from pma.formats.strict_json import load_object
+from pma.reporting.charts import require_altair
 from pma.studies.catalogue import Study
 from pma.studies.telling import Table, Told
 
@@ -28,15 +29,23 @@ _PACKAGES = ("pma-llm", "torch", "transformers", "numpy", "scipy", "lm_eval")
 
 def result_of(study: Study, results: dict[str, Any], how: dict[str, Any]) -> dict[str, Any]:
     """What result.json holds. `how`: preset, seeds, command, seconds and the like."""
-    versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
     return {
         "pma_study": FORMAT,
         "study": study.name,
         "code_version": code_of(study).VERSION,
         **how,
-        "versions": versions,
+        "versions": versions(),
         "results": results,
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what the numbers come from. Raises MissingExtra where something is not installed."""
+    require_altair()
+    try:
+        return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+    except PackageNotFoundError as error:
+        raise MissingExtra("a study", "train,eval,report", str(error.name)) from error
 
 
 def code_of(study: Study) -> Any:
