@@ -6,8 +6,8 @@ import json
 import multiprocessing
 import sys
 import time
+from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,14 +17,15 @@ from pma.studies.catalogue import STUDIES, study
 from pma.studies.data import Data, Text, find_data
 from pma.studies.lab import Lab
 from pma.studies.making import Made, Trunk, ensure
+from pma.studies.workers import pool
 
 sys.path.insert(0, str(Path(__file__).parent))  # processes that are spawned find it there too
 from noted import Noted
 
 
-def lab(home: Path, **how: Any) -> Lab:
+def lab(home: Path, workers: Executor) -> Lab:
     data = Data(text=Text.of(()), other_domain=Text.of(()), instructions=Text.of(()), tasks=())
-    return Lab(home=home, preset=presets.preset("toy"), data=data, seeds=(0, 1), **how)
+    return Lab(home=home, preset=presets.preset("toy"), data=data, seeds=(0, 1), workers=workers)
 
 
 def times(made: Made, home: Path) -> int:
@@ -51,8 +52,9 @@ def test_a_failure_leaves_it_unmade_and_its_time_counts(tmp_path: Path) -> None:
 def test_needs_are_made_first_and_shared(tmp_path: Path) -> None:
     root = Noted(name="root")
     branches = [Noted(name=f"branch {i}", after=(root,)) for i in range(3)]
-    here = lab(tmp_path)
-    here.make([*branches, root])
+    with pool(2) as workers:
+        here = lab(tmp_path, workers)
+        here.make([*branches, root])
     assert times(root, tmp_path) == 1
     assert all(times(branch, tmp_path) == 1 for branch in branches)
     assert set(here.used) == {made.folder(tmp_path) for made in (root, *branches)}

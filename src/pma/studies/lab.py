@@ -5,7 +5,7 @@ measured.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,37 +15,32 @@ from pma.studies.data import Data
 from pma.studies.making import Made
 from pma.studies.measuring import Measured, Reading
 from pma.studies.presets import Preset
-from pma.studies.workers import pool
 
 HELD_OUT, VALIDATION = "held_out", "validation"
 
 
 @dataclass(kw_only=True)
 class Lab:
-    """`home`: where runs and results are kept. `deadline`: of time.time(), past which work stops and can be
-    gone on with.
+    """`home`: where runs and results are kept. `workers`: processes that train and measure, of
+    `pma.studies.workers.pool`. `deadline`: of time.time(), past which work stops and can be gone on with.
     """
 
     home: Path
     preset: Preset
     data: Data
     seeds: tuple[int, ...]
-    jobs: int = 1
+    workers: Executor
     deadline: float | None = None
     say: Callable[[str], None] = lambda text: None
     used: dict[Path, float] = field(default_factory=dict)
 
     def make(self, wanted: Iterable[Made]) -> None:
-        """Make these and what they need, as many at once as `jobs`."""
-        waiting: dict[Path, Made] = {}
+        """Make these and what they need, side by side."""
+        all_of_it: dict[Path, Made] = {}
         for made in wanted:
-            self._collect(made, waiting)
-        todo = {path: made for path, made in waiting.items() if making.seconds(made, self.home) is None}
-        tasks = {
-            path: (made, {need.folder(self.home) for need in made.needs()}) for path, made in todo.items()
-        }
-        self._run_all(tasks)
-        for path, made in waiting.items():
+            self._collect(made, all_of_it)
+        self._run([made for made in all_of_it.values() if making.seconds(made, self.home) is None])
+        for path, made in all_of_it.items():
             self.used[path] = making.seconds(made, self.home) or 0.0
 
     def _collect(self, made: Made, into: dict[Path, Made]) -> None:
@@ -53,21 +48,20 @@ class Lab:
             self._collect(need, into)
         into.setdefault(made.folder(self.home), made)
 
-    def _run_all(self, tasks: dict[Path, tuple[Made, set[Path]]]) -> None:
-        if not tasks:
-            return
-        total, done = len(tasks), 0
-        with pool(self.jobs) as workers:
-            running: dict[Future[None], Path] = {}
-            while tasks or running:
-                pending = {*tasks, *running.values()}
-                for path in [path for path, (_, needs) in tasks.items() if not needs & pending]:
-                    made, _ = tasks.pop(path)
-                    running[workers.submit(making.ensure, made, self.home, self.deadline)] = path
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    future.result()
-                    done += 1
-                    self.say(f"made {done} of {total}: {running.pop(future).name}")
+    def _run(self, missing: Sequence[Made]) -> None:
+        """Each as soon as what it needs is there."""
+        waiting, running = list(missing), dict[Future[None], Made]()
+        while waiting or running:
+            unmade = {made.folder(self.home) for made in (*waiting, *running.values())}
+            ready = [m for m in waiting if not unmade & {need.folder(self.home) for need in m.needs()}]
+            for made in ready:
+                waiting.remove(made)
+                running[self.workers.submit(making.ensure, made, self.home, self.deadline)] = made
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                future.result()
+                made = running.pop(future)
+                done = len(missing) - len(waiting) - len(running)
+                self.say(f"made {done} of {len(missing)}: {made.title}")
 
     def measure(
         self, wanted: Sequence[Measured], *, where: str = HELD_OUT, cloze: int = 400, tasks: bool = False
@@ -82,20 +76,19 @@ class Lab:
             task_items=self.preset.task_items,
         )
         missing = [item for item in wanted if measuring.known(item, how, self.home) is None]
-        if missing:
-            with pool(self.jobs) as workers:
-                # neighbours share a run, so a worker's parts are contiguous
-                futures = [
-                    workers.submit(measuring.measure, item, how, self.home, self.deadline) for item in missing
-                ]
-                for number, future in enumerate(futures, 1):
-                    future.result()
-                    if number % 10 == 0 or number == len(futures):
-                        self.say(f"measured {number} of {len(futures)}")
+        futures = [
+            self.workers.submit(measuring.measure, item, how, self.home, self.deadline) for item in missing
+        ]
+        for number, future in enumerate(futures, 1):
+            future.result()
+            if number % 10 == 0 or number == len(futures):
+                self.say(f"measured {number} of {len(futures)}")
         readings = [measuring.known(item, how, self.home) for item in wanted]
-        return [reading for reading in readings if reading is not None]
+        found = [reading for reading in readings if reading is not None]
+        assert len(found) == len(wanted)
+        return found
 
     def map(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """`function` of each of `arguments`, as many at once as `jobs`; all must be importable by name."""
-        with pool(self.jobs) as workers:
-            return [future.result() for future in [workers.submit(function, *each) for each in arguments]]
+        """`function` of each of `arguments`, side by side; all must be importable by name."""
+        futures = [self.workers.submit(function, *each) for each in arguments]
+        return [future.result() for future in futures]

@@ -28,6 +28,11 @@ class Made:
 
     kind: ClassVar[str] = ""
 
+    @property
+    def title(self) -> str:
+        """What it is, for people."""
+        return self.kind
+
     def describe(self) -> dict[str, Any]:
         """All that decides it, as plain values."""
         raise NotImplementedError
@@ -87,6 +92,11 @@ class Trunk(Run):
     text: Text
     resumable_steps: tuple[int, ...] | None = None
 
+    @property
+    def title(self) -> str:
+        recipe = self.recipe
+        return f"{recipe.name}, rate {recipe.optimizer.learning_rate:g}, seed {recipe.run.seed}"
+
     def describe(self) -> dict[str, Any]:
         return {"recipe": self.recipe.to_json(), "text": self.text.digest}
 
@@ -112,6 +122,10 @@ class Anneal(Run):
     step: int
     steps: int
     shape: str = "cosine"
+
+    @property
+    def title(self) -> str:
+        return f"{self.trunk.title}, annealed from step {self.step}"
 
     def describe(self) -> dict[str, Any]:
         return {"trunk": self.trunk.describe(), "step": self.step, "steps": self.steps, "shape": self.shape}

@@ -14,6 +14,7 @@ from pma.studies.data import find_data
 from pma.studies.lab import Lab
 from pma.studies.presets import preset
 from pma.studies.telling import Told
+from pma.studies.workers import pool
 
 INDEX_FILE = "README.md"
 BEGIN, END = "<!-- studies -->", "<!-- end of studies -->"
@@ -51,32 +52,35 @@ def run_studies(request: Request, say: Callable[[str], None]) -> list[tuple[Stud
     writing.versions()  # what is missing is said now, not after hours
     data = find_data(request.data, size.corpus, size.tasks, request.home)
     told = []
-    for each in studies:
-        say(f"{each.name}: {each.title}")
-        lab = Lab(
-            home=request.home,
-            preset=size,
-            data=data,
-            seeds=tuple(range(request.seeds or each.seeds)),
-            jobs=request.jobs,
-            deadline=deadline,
-            say=say,
-        )
-        started = time.monotonic()
-        results = writing.code_of(each).run(lab)
-        how = {
-            "preset": request.preset,
-            "seeds": list(lab.seeds),
-            "command": command(each, request),
-            "text": data.text.digest,
-            "seconds": time.monotonic() - started,
-            "training_seconds": sum(lab.used.values()),
-        }
-        told.append(
-            (each, writing.write(each, writing.result_of(each, results, how), request.out / each.name))
-        )
+    with pool(request.jobs) as workers:
+        for each in studies:
+            say(f"{each.name}: {each.title}")
+            lab = Lab(
+                home=request.home,
+                preset=size,
+                data=data,
+                seeds=tuple(range(request.seeds or each.seeds)),
+                workers=workers,
+                deadline=deadline,
+                say=say,
+            )
+            told.append((each, _run(each, lab, request)))
     write_index(request.out)
     return told
+
+
+def _run(each: Study, lab: Lab, request: Request) -> Told:
+    started = time.monotonic()
+    results = writing.code_of(each).run(lab)
+    how = {
+        "preset": request.preset,
+        "seeds": list(lab.seeds),
+        "command": command(each, request),
+        "text": lab.data.text.digest,
+        "seconds": time.monotonic() - started,
+        "training_seconds": sum(lab.used.values()),
+    }
+    return writing.write(each, writing.result_of(each, results, how), request.out / each.name)
 
 
 def redraw(request: Request) -> list[tuple[Study, Told]]:

@@ -93,10 +93,9 @@ def page(study: Study, result: dict[str, Any], told: Told) -> str:
         *told.notes,
         f"**To tell more:** {told.more}",
         f"```sh\n{result['command']}\n```",
-        f"Preset `{result['preset']}`, seeds {', '.join(map(str, result['seeds']))}; "
-        f"{_minutes(result['seconds'])} for measuring, {_minutes(result['training_seconds'])} of one core "
-        f"for training "
-        "runs, which other studies share. Raw numbers, versions: `result.json`.",
+        f"Preset `{result['preset']}`, seeds {', '.join(map(str, result['seeds']))}. This command took "
+        f"{_minutes(result['seconds'])}; the training runs it uses, which other studies share, "
+        f"{_minutes(result['training_seconds'])} of one core. Raw numbers, versions: `result.json`.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n\n"
 
