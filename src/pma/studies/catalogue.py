@@ -140,4 +140,5 @@ def study(name: str) -> Study:
     for each in STUDIES:
         if each.name == name:
             return each
-    raise UsageError(f"there is no study {name!r}; there are {', '.join(each.name for each in STUDIES)}")
+    names = ", ".join(each.name for each in STUDIES)
+    raise UsageError(f"there is no study {name!r}; there are {names}; or say all, alone")

@@ -71,6 +71,8 @@ def write(study: Study, result: dict[str, Any], folder: Path) -> Told:
 
 def read(folder: Path) -> dict[str, Any]:
     """The result in a study's folder. Raises InputError where it is of another form than the code's."""
+    if not (folder / RESULT_FILE).is_file():
+        raise InputError(f"{folder} holds no {RESULT_FILE}; run the study first")
     result = load_object(folder / RESULT_FILE, _LARGEST_RESULT_BYTES)
     if result.get("pma_study") != FORMAT:
         raise InputError(
