@@ -288,9 +288,25 @@ def test_other_commands_with_bad_input(run: Path, tmp_path: Path) -> None:
         (("report", tmp_path / "nowhere"), 3, "does not exist"),
         (("pretrain", "nano-dens", "-o", tmp_path / "x"), 2, "there are micro-dense"),
         (("pretrain", "-o", tmp_path / "x"), 2, "which recipe"),
-        (("pretrain", "nano-dense", "-o", tmp_path / "x", "--anneal", "cosine"), 2, "--fork-from"),
+        (
+            ("pretrain", "nano-dense", "-o", tmp_path / "x", "--anneal", "cosine"),
+            2,
+            "it goes with --fork-from",
+        ),
         (("pretrain", "--fork-from", run / "checkpoint-10", "-o", tmp_path / "x"), 2, "--tokens"),
         (("pretrain", "nano-dense", "-o", tmp_path / "x", "--tokens", "8Q"), 2, "'8Q'"),
+        (
+            ("pretrain", "nano-dense", "-o", tmp_path / "x", "--epochs", "2"),
+            2,
+            "it goes with --start-from",
+        ),
+        (("pretrain", "--start-from", run, "nano-dense", "-o", tmp_path / "x"), 2, "RECIPE does not go with"),
+        (("pretrain", "--start-from", run, "-o", tmp_path / "x"), 2, "needs --learning-rate"),
+        (
+            ("pretrain", "--start-from", run, "-o", tmp_path / "x", "--learning-rate", "1e-3"),
+            2,
+            "give one of them",
+        ),
         (
             ("pretrain", "nano-dense", "-o", tmp_path / "x", "--text", tmp_path / "nowhere"),
             3,
@@ -333,8 +349,9 @@ FLAGS = {
     "--tasks --text --use --weights",
     "report": "--json --out",
     "spikes": "--grad-norm-name --json --last --log --loss-name --pattern --step-name",
-    "pretrain": "--anneal --fork-from --json --learning-rate --no-interval-means --out --resume-from --seed "
-    "--skip-steps --skip-tokens --text --tokens",
+    "pretrain": "--anneal --checkpoint-every --epochs --final-learning-rate --fork-from --instructions "
+    "--json --learning-rate --no-interval-means --out --resume-from --schedule --seed --skip-steps "
+    "--skip-tokens --start-from --text --tokens --warmup-steps",
     "init": "--allow-mixed-phases --allow-nonfinite --as-given --at --before-step --break-lock --every --for "
     "--fresh --inside-run --json --last --memory --optimizer --out --pattern --preset --scheme --staging "
     "--threads --weights",

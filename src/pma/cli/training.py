@@ -12,6 +12,7 @@ import typer
 
 from pma.cli import options as flags
 from pma.cli.output import command, note, progress, say
+from pma.cli.starts import check_flags
 from pma.errors import UsageError
 from pma.quantities import count_text, parse_tokens
 
@@ -26,7 +27,9 @@ def register_demo(app: typer.Typer) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add these commands to `app`."""
-    app.command("pretrain", short_help="Pre-train a recipe, or anneal a fork of a run.")(command(pretrain))
+    app.command(
+        "pretrain", short_help="Pre-train a recipe, anneal a fork of a run, or train on from weights."
+    )(command(pretrain))
 
 
 Output = Annotated[Path, typer.Option("--out", "-o", help="The folder.", show_default=False)]
@@ -70,7 +73,8 @@ def pretrain(
         ),
     ] = None,
     tokens: Annotated[
-        str | None, typer.Option("--tokens", help="Length of the run, or of a fork's decay: 250M.")
+        str | None,
+        typer.Option("--tokens", help="Length of the run, of a fork's decay, or of a stage: 250M."),
     ] = None,
     learning_rate: Annotated[
         float | None, typer.Option("--learning-rate", help="Instead of the recipe's.")
@@ -92,6 +96,32 @@ def pretrain(
     skip_tokens: Annotated[
         str | None, typer.Option("--skip-tokens", help="The same in tokens: 300K.")
     ] = None,
+    start_from: Annotated[
+        Path | None,
+        typer.Option("--start-from", help="A later stage from these weights: checkpoint, or merge of a run."),
+    ] = None,
+    instructions: Annotated[
+        list[Path] | None,
+        typer.Option("--instructions", help="JSONL rows {prompt, response}, also .xz, to fine-tune on."),
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option("--epochs", help="Length of a stage, instead of --tokens.")
+    ] = None,
+    final_learning_rate: Annotated[
+        float | None,
+        typer.Option("--final-learning-rate", help="Of a stage, at its end. Default: a tenth of the peak."),
+    ] = None,
+    warmup_steps: Annotated[
+        int | None, typer.Option("--warmup-steps", min=0, help="Of a stage. Default: as its run had.")
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option("--schedule", help="Of a stage: cosine, linear or constant. Default: cosine."),
+    ] = None,
+    checkpoint_every: Annotated[
+        str | None,
+        typer.Option("--checkpoint-every", help="Tokens between a stage's checkpoints: 100K."),
+    ] = None,
     no_interval_means: Annotated[
         bool,
         typer.Option(
@@ -101,7 +131,7 @@ def pretrain(
     ] = False,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
-    """Pre-train a recipe at constant learning rate, or anneal a fork of such a run.
+    """Pre-train a recipe at constant learning rate, anneal a fork of such a run, or train a later stage.
 
     RECIPE is a TOML file or one of nano-dense, nano-moe, micro-dense, micro-moe, small-dense, small-moe. The
     same command goes on where it was stopped; more --tokens make the run longer.
@@ -111,41 +141,73 @@ def pretrain(
     Example: pma pretrain --fork-from run/checkpoint-1500 --anneal cosine --tokens 300K -o annealed
 
     Example: pma pretrain --resume-from init --skip-tokens 100K -o again
+
+    Example: pma pretrain --start-from merged --text maths/ --tokens 600K --learning-rate 1e-3 -o new
+
+    Example: pma pretrain --start-from merged --instructions sft.jsonl --epochs 2 --learning-rate 1e-3 -o new
     """
-    if resume_from is not None:
-        if recipe is not None or text or learning_rate is not None or seed is not None or no_interval_means:
-            raise UsageError("a run that goes on keeps recipe, text, rate and seed; leave those out")
-        if fork_from is not None or anneal is not None:
-            raise UsageError("--resume-from goes on as the run did; --fork-from anneals: say one of them")
+    stage: dict[str, Any] = {
+        "instructions": [str(path) for path in instructions or ()] or None,
+        "epochs": epochs,
+        "final_learning_rate": final_learning_rate,
+        "warmup_steps": warmup_steps,
+        "schedule": schedule,
+        "checkpoint_every": None if checkpoint_every is None else parse_tokens(checkpoint_every),
+    }
+    starts = {"--start-from": start_from, "--fork-from": fork_from, "--resume-from": resume_from}
+    values = {
+        "RECIPE": recipe,
+        "--text": text or None,
+        "--tokens": tokens,
+        "--learning-rate": learning_rate,
+        "--seed": seed,
+        "--anneal": anneal,
+        "--skip-steps": skip_steps,
+        "--skip-tokens": skip_tokens,
+        "--no-interval-means": no_interval_means or None,
+        **{f"--{name.replace('_', '-')}": value for name, value in stage.items()},
+    }
+    check_flags(starts, [flag for flag, value in values.items() if value is not None])
+    texts = [str(path) for path in text or ()]
+    if start_from is not None:
+        means = False if no_interval_means else None
+        more = {**stage, "text": texts, "seed": seed, "interval_means": means}
+        made = _stage(start_from, out, tokens, learning_rate, more)
+    elif resume_from is not None:
         made = _resumed(resume_from, out, tokens, skip_steps, skip_tokens)
-    elif skip_steps is not None or skip_tokens is not None:
-        raise UsageError("--skip-steps and --skip-tokens go with --resume-from; a run skips nothing itself")
     elif fork_from is not None:
-        if recipe is not None or text or learning_rate is not None or no_interval_means:
-            raise UsageError(
-                "a fork keeps the recipe, text and peak rate of its run; leave RECIPE and those flags out"
-            )
         made = _forked(fork_from, out, anneal, tokens, seed)
     else:
-        if recipe is None:
-            raise UsageError("which recipe? Such as: pma pretrain nano-dense -o run")
-        if anneal is not None:
-            raise UsageError("--anneal goes with --fork-from: a run itself stays at constant learning rate")
-        from pma.pretraining import pretrain as pretrain_recipe
-
         asked = overridden(
-            recipe,
+            recipe or "",
             tokens=tokens,
             learning_rate=learning_rate,
             seed=seed,
             no_interval_means=no_interval_means,
         )
+        from pma.pretraining import pretrain as pretrain_recipe
+
         with training_bar("pre-training") as bar:
-            made = pretrain_recipe(asked, out, text=[str(path) for path in text or ()], progress=bar)
+            made = pretrain_recipe(asked, out, text=texts, progress=bar)
     if not json_output:
         added = f"{made.steps_added} steps in {made.seconds:.0f} s" if made.steps_added else "nothing to add"
         say(f"{made.checkpoint}: step {made.step}, {count_text(made.tokens)} tokens; {added}")
+        for line in made.notes:
+            say(line)
     return {**asdict(made), "run": str(made.run), "checkpoint": str(made.checkpoint)}
+
+
+def _stage(
+    checkpoint: Path, out: Path, tokens: str | None, learning_rate: float | None, how: dict[str, Any]
+) -> Pretraining:
+    from pma.pretraining import further
+
+    if learning_rate is None:
+        raise UsageError("--start-from also needs --learning-rate, the highest of the stage")
+    how = {name: value for name, value in how.items() if value is not None}
+    length = None if tokens is None else parse_tokens(tokens)
+    with training_bar("training") as bar:
+        return further(checkpoint, out, tokens=length, learning_rate=learning_rate, progress=bar, **how)
 
 
 def _forked(

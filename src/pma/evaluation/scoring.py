@@ -85,7 +85,16 @@ def continuation_nats(scorer: Scorer, pairs: Sequence[tuple[str, str]]) -> NDArr
         wanted = scorer.encode(continuation)[: scorer.context_tokens]
         given = given[-(scorer.context_tokens + 1 - len(wanted)) :]
         windows.append((index, given + wanted, len(given)))
-    result = np.zeros(len(pairs))
+    return _nats(scorer, windows)
+
+
+def response_nats(scorer: Scorer, rows: Sequence[tuple[Sequence[int], int]]) -> NDArray[np.float64]:
+    """Nats of each row's tokens behind those that are given: (token ids, how many of them are given)."""
+    return _nats(scorer, [(index, list(tokens), given) for index, (tokens, given) in enumerate(rows)])
+
+
+def _nats(scorer: Scorer, windows: Sequence[tuple[int, list[int], int]]) -> NDArray[np.float64]:
+    result = np.zeros(len(windows))
     for batch in _batches(windows, scorer.context_tokens):
         for (index, _, _), nats in zip(batch, _window_nats(scorer, batch), strict=True):
             result[index] = nats

@@ -40,6 +40,15 @@ class Corpus:
     dropped: int
     source: str
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many documents each side has."""
+        return {
+            "training": len(self.training),
+            "validation": len(self.validation),
+            "held_out": len(self.held_out),
+        }
+
 
 def load_corpus(paths: Sequence[Path]) -> Corpus:
     """The corpus from `paths`, or the embedded default for none. The same text always splits the same way.
@@ -50,6 +59,11 @@ def load_corpus(paths: Sequence[Path]) -> Corpus:
         documents, source = read_documents(paths), ", ".join(map(str, paths))
     else:
         documents, source = standard_library(), "the Python standard library's source"
+    return split(documents, source)
+
+
+def split(documents: Sequence[Document], source: str) -> Corpus:
+    """The corpus of `documents`, which are from `source`. Raises InputError where a side would be empty."""
     kept = without_near_duplicates(documents)
     sides: dict[str, list[Document]] = {"held_out": [], "validation": [], "training": []}
     for document in kept:

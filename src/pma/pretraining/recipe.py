@@ -14,6 +14,8 @@ from pma.errors import UsageError
 from pma.quantities import parse_tokens
 
 ANNEALS = ("cosine", "linear", "1-sqrt")
+CONSTANT = "constant"
+SCHEDULES = ("cosine", "linear", CONSTANT)  # of a later stage, after its warmup
 
 Part = TypeVar("Part", "TextRecipe", "OptimizerRecipe", "RunRecipe")
 

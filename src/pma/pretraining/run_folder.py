@@ -1,7 +1,7 @@
 """The folder of a run: what was asked for, the prepared text, and which checkpoint to go on from.
 
-run.json           recipe, text and fork, as asked for
-text/              tokenizer, token ids, validation.txt, held_out.txt
+run.json           recipe, text and start, as asked for
+text/              tokenizer, token ids, validation.txt, held_out.txt (of instructions: .jsonl)
 checkpoint-N/      as the transformers Trainer writes them, and the mean since the last one
 tensorboard/       event files
 """
@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pma.errors import InputError, UsageError, printable
 from pma.evaluation import write_documents
@@ -29,6 +30,7 @@ TEXT_FOLDER = "text"
 HELD_OUT_FILE = "held_out.txt"
 VALIDATION_FILE = "validation.txt"
 TOKENS_FILE = "tokens.npy"
+SUMMARY_FILE = "text.json"
 _LARGEST_RECORD_BYTES = 2**20
 _LARGEST_MERGE_RECORD_BYTES = 512 * 2**20
 
@@ -55,6 +57,20 @@ class Resumption:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A later stage of training, from a checkpoint's weights with a fresh optimizer, on text or
+    instructions. `tokens` or `epochs`: how long; until then the rate falls to `final_learning_rate`.
+    """
+
+    checkpoint: Path
+    instructions: bool
+    schedule: str
+    final_learning_rate: float
+    tokens: int | None = None
+    epochs: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunRecord:
     """What `run.json` says."""
 
@@ -62,16 +78,25 @@ class RunRecord:
     text: tuple[str, ...]
     fork: Fork | None = None
     resumed: Resumption | None = None
+    stage: Stage | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `run.json`."""
         record = {"pma_run": 1, "recipe": self.recipe.to_json(), "text": list(self.text)}
         record["fork"] = _plain(self.fork)
-        return record if self.resumed is None else {**record, "resumed": _plain(self.resumed)}
+        later = {"resumed": _plain(self.resumed), "stage": _plain(self.stage)}
+        return record | {name: start for name, start in later.items() if start is not None}
 
 
-def _plain(start: Fork | Resumption | None) -> dict[str, Any] | None:
+def _plain(start: Fork | Resumption | Stage | None) -> dict[str, Any] | None:
     return None if start is None else {**start.__dict__, "checkpoint": str(start.checkpoint)}
+
+
+Start = TypeVar("Start", Fork, Resumption, Stage)
+
+
+def _start(kind: type[Start], value: dict[str, Any] | None) -> Start | None:
+    return kind(**{**value, "checkpoint": Path(value["checkpoint"])}) if value else None
 
 
 def read_record(folder: Path) -> RunRecord:
@@ -81,12 +106,12 @@ def read_record(folder: Path) -> RunRecord:
         raise InputError(f"{folder} holds no {RECORD_FILE}; expected a run that `pma pretrain` made")
     value = load_object(path, _LARGEST_RECORD_BYTES)
     try:
-        fork, resumed = value.get("fork"), value.get("resumed")
         return RunRecord(
             recipe=from_tables(value["recipe"], str(path)),
             text=tuple(value["text"]),
-            fork=Fork(**{**fork, "checkpoint": Path(fork["checkpoint"])}) if fork else None,
-            resumed=Resumption(**{**resumed, "checkpoint": Path(resumed["checkpoint"])}) if resumed else None,
+            fork=_start(Fork, value.get("fork")),
+            resumed=_start(Resumption, value.get("resumed")),
+            stage=_start(Stage, value.get("stage")),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged: {printable(repr(error))}") from error
@@ -138,47 +163,51 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {key: inner for item in items for key, inner in item.items()}
 
 
-def prepare_text(folder: Path, recipe: Recipe, text: Sequence[str]) -> Path:
-    """Split, deduplicate and tokenize the text once; later calls find it. Returns the text folder."""
+def prepare_text(folder: Path, recipe: Recipe, text: Sequence[str], tokenizer: Any = None) -> Path:
+    """Split, deduplicate and tokenize the text once; later calls find it. Returns the text folder.
+    `tokenizer`: another model's; by default one is trained.
+    """
     target = folder / TEXT_FOLDER
     if target.is_dir():
         return target
     corpus = load_corpus([Path(path) for path in text])
-    partial = folder / f".{TEXT_FOLDER}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    tokenizer = train_tokenizer(corpus.training, recipe.text.vocabulary_tokens)
-    tokenizer.save_pretrained(partial)
-    tokens = encode_documents(tokenizer, corpus.training)
-    save_tokens(partial / TOKENS_FILE, tokens)
-    write_documents(partial / HELD_OUT_FILE, corpus.held_out)
-    write_documents(partial / VALIDATION_FILE, corpus.validation)
-    summary = {
-        "source": corpus.source,
-        "near_duplicates_dropped": corpus.dropped,
-        "documents": {
-            "training": len(corpus.training),
-            "validation": len(corpus.validation),
-            "held_out": len(corpus.held_out),
-        },
-        "training_tokens": len(tokens),
-    }
-    save_json(partial / "text.json", summary)
-    partial.rename(target)
+    with building_text(folder) as partial:
+        if tokenizer is None:
+            tokenizer = train_tokenizer(corpus.training, recipe.text.vocabulary_tokens)
+        tokenizer.save_pretrained(partial)
+        tokens = encode_documents(tokenizer, corpus.training)
+        save_tokens(partial / TOKENS_FILE, tokens)
+        write_documents(partial / HELD_OUT_FILE, corpus.held_out)
+        write_documents(partial / VALIDATION_FILE, corpus.validation)
+        summary = {
+            "source": corpus.source,
+            "near_duplicates_dropped": corpus.dropped,
+            "documents": corpus.counts,
+            "training_tokens": len(tokens),
+        }
+        save_json(partial / SUMMARY_FILE, summary)
     return target
 
 
+@contextmanager
+def building_text(folder: Path) -> Iterator[Path]:
+    """A hidden folder that becomes the run's text folder once it is whole."""
+    partial = folder / f".{TEXT_FOLDER}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    yield partial
+    partial.rename(folder / TEXT_FOLDER)
+
+
 def borrow_text(folder: Path, trunk: Path) -> Path:
-    """Give a fork the trunk's prepared text, by hard links where the file system has them."""
+    """Give a run the prepared text of another, by hard links where the file system has them."""
     target, source = folder / TEXT_FOLDER, trunk / TEXT_FOLDER
     if target.is_dir():
         return target
     if not source.is_dir():
-        raise InputError(f"{source} is missing; the run forked from has lost its prepared text")
-    partial = folder / f".{TEXT_FOLDER}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial, copy_function=_link_or_copy)
-    partial.rename(target)
+        raise InputError(f"{source} is missing; the run that it belongs to has lost its prepared text")
+    with building_text(folder) as partial:
+        shutil.copytree(source, partial, copy_function=_link_or_copy, dirs_exist_ok=True)
     return target
 
 

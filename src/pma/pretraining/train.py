@@ -11,10 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pma.errors import InputError, Interrupted, MissingExtra, UsageError, printable
+from pma.errors import Interrupted, MissingExtra, UsageError
 from pma.evaluation.quiet import quiet_transformers
 from pma.formats import hf_trainer
 from pma.pretraining import run_folder
+from pma.pretraining.arguments import training_arguments
+from pma.pretraining.instructions import InstructionRows
+from pma.pretraining.model import build_model, check_model
 from pma.pretraining.recipe import ANNEALS, Recipe
 from pma.pretraining.run_folder import TOKENS_FILE, Fork, Resumption, RunRecord
 from pma.pretraining.tokens import PackedSequences, load_tokens
@@ -25,7 +28,7 @@ Progress = Callable[[int, int, float | None], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Pretraining:
-    """A finished call: the newest checkpoint, its step and tokens, and what this call added."""
+    """A finished call: the newest checkpoint, its step and tokens, what this call added, and what to mind."""
 
     run: Path
     checkpoint: Path
@@ -34,6 +37,7 @@ class Pretraining:
     steps_added: int
     resumed_from: int
     seconds: float
+    notes: tuple[str, ...] = ()
 
 
 def pretrain(
@@ -43,11 +47,11 @@ def pretrain(
 
     Raises UsageError where `out` holds another run, Interrupted when stopped (the same call goes on).
     """
-    _check_model(recipe)
+    check_model(recipe)
     record = RunRecord(recipe=recipe, text=tuple(str(Path(path).resolve()) for path in text))
     run_folder.enter(out, record)
     run_folder.prepare_text(out, recipe, record.text)
-    return _train(
+    return train(
         out, record, recipe.steps_for(recipe.run.tokens), run_folder.newest_checkpoint(out), progress
     )
 
@@ -69,10 +73,10 @@ def fork(
         raise UsageError(f"--anneal {anneal}: expected one of {', '.join(ANNEALS)}")
     trunk = run_folder.read_record(checkpoint.parent)
     start_step = hf_trainer.read_meta(checkpoint).step
-    if trunk.fork is not None:
-        raise UsageError(
-            f"{checkpoint} is of a run that is annealed already; fork from its trunk, {trunk.fork.checkpoint}"
-        )
+    before = trunk.fork or trunk.stage
+    if before is not None:
+        what = "is annealed already" if trunk.fork else "is a later stage with a schedule of its own"
+        raise UsageError(f"{checkpoint} is of a run that {what}; fork from its trunk, {before.checkpoint}")
     if start_step is None or start_step < trunk.recipe.optimizer.warmup_steps:
         raise UsageError(
             f"{checkpoint} is no complete checkpoint after the warmup of "
@@ -89,7 +93,7 @@ def fork(
     run_folder.enter(out, record)
     run_folder.borrow_text(out, checkpoint.parent)
     newest = run_folder.newest_checkpoint(out) or (checkpoint, start_step)
-    return _train(out, record, steps, newest, progress)
+    return train(out, record, steps, newest, progress)
 
 
 def resume(
@@ -123,12 +127,13 @@ def resume(
         raise UsageError(f"{checkpoint} is at step {step} already, and the run ends at {steps}; say --tokens")
     run_folder.enter(out, record)
     run_folder.borrow_text(out, before)
-    return _train(out, record, steps, run_folder.newest_checkpoint(out) or (checkpoint, step), progress)
+    return train(out, record, steps, run_folder.newest_checkpoint(out) or (checkpoint, step), progress)
 
 
-def _train(
+def train(
     out: Path, record: RunRecord, steps: int, newest: tuple[Path, int] | None, progress: Progress | None
 ) -> Pretraining:
+    """Train the run in `out`, entered and with its text prepared, up to `steps`, going on from `newest`."""
     started = time.monotonic()
     resumed_from = newest[1] if newest else 0
     if resumed_from < steps:
@@ -162,23 +167,17 @@ def _trainer(out: Path, record: RunRecord, steps: int, newest: Path | None, prog
         raise MissingExtra("pre-training", "train", str(error.name)) from error
     quiet_transformers()
     recipe = record.recipe
+    start = newest or (record.stage.checkpoint if record.stage else None)
     text = out / run_folder.TEXT_FOLDER
     tokenizer = AutoTokenizer.from_pretrained(text, local_files_only=True)
-    data = PackedSequences(
-        load_tokens(text / TOKENS_FILE),
-        context_tokens=recipe.text.context_tokens,
-        count=steps * recipe.run.batch_sequences,
-        seed=recipe.run.seed,
-        skip=_skip(record),
-    )
     callbacks: list[Any] = [SaveEveryTokens(recipe.run.checkpoint_every_tokens, recipe.tokens_a_step, steps)]
     if progress is not None:
         callbacks.append(ShowProgress(progress, steps))
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(out / "tensorboard")
     trainer = Trainer(
-        model=_model(recipe, tokenizer, newest),
-        args=_arguments(out, record, steps),
-        train_dataset=data,
+        model=build_model(recipe, tokenizer, start),
+        args=training_arguments(out, record, steps),
+        train_dataset=_data(out, record, steps),
         processing_class=tokenizer,
         data_collator=default_data_collator,
         callbacks=callbacks,
@@ -189,118 +188,23 @@ def _trainer(out: Path, record: RunRecord, steps: int, newest: Path | None, prog
     return trainer
 
 
+def _data(out: Path, record: RunRecord, steps: int) -> Any:
+    """The run's sequences, as many as its steps take."""
+    recipe, text = record.recipe, out / run_folder.TEXT_FOLDER
+    how: dict[str, Any] = {
+        "context_tokens": recipe.text.context_tokens,
+        "count": steps * recipe.run.batch_sequences,
+        "seed": recipe.run.seed,
+        "skip": _skip(record),
+    }
+    if record.stage is not None and record.stage.instructions:
+        return InstructionRows(text, **how)
+    return PackedSequences(load_tokens(text / TOKENS_FILE), **how)
+
+
 def _skip(record: RunRecord) -> tuple[int, int]:
     """From which sequence on how many are left out."""
     if record.resumed is None:
         return 0, 0
     a_step = record.recipe.run.batch_sequences
     return record.resumed.start_step * a_step, record.resumed.skip_steps * a_step
-
-
-def _check_model(recipe: Recipe) -> None:
-    """Raises UsageError for a model that transformers cannot build, before anything is written."""
-    try:
-        import torch
-        from huggingface_hub.errors import StrictDataclassError
-        from transformers import AutoConfig, AutoModelForCausalLM
-    except ImportError as error:
-        raise MissingExtra("pre-training", "train", str(error.name)) from error
-    quiet_transformers()
-    try:
-        known = AutoConfig.for_model(recipe.model["model_type"])
-        for name in recipe.model:
-            if not hasattr(known, name):
-                raise UsageError(
-                    f"recipe {recipe.name}: [model] {name} is unknown to {recipe.model['model_type']}"
-                )
-        with torch.device("meta"):
-            AutoModelForCausalLM.from_config(_config(recipe, end_of_text=0))
-    except (StrictDataclassError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"recipe {recipe.name}: transformers cannot build its model: {printable(str(error))}"
-        ) from error
-
-
-def _config(recipe: Recipe, end_of_text: int) -> Any:
-    from transformers import AutoConfig
-
-    settings = dict(recipe.model)
-    return AutoConfig.for_model(
-        settings.pop("model_type"),
-        **settings,
-        vocab_size=recipe.text.vocabulary_tokens,
-        max_position_embeddings=recipe.text.context_tokens,
-        bos_token_id=end_of_text,
-        eos_token_id=end_of_text,
-        pad_token_id=None,
-        use_cache=False,
-    )
-
-
-def _model(recipe: Recipe, tokenizer: Any, checkpoint: Path | None) -> Any:
-    """A new model, or the checkpoint's.
-
-    The Trainer's own resume is not enough: transformers 5 stores a mixture's experts one by one but holds
-    them fused, and the Trainer loads by name, not strictly, so a resumed mixture would silently keep freshly
-    drawn experts.
-    """
-    from transformers import AutoModelForCausalLM, set_seed
-
-    config = _config(recipe, tokenizer.eos_token_id)
-    set_seed(recipe.run.seed)
-    if checkpoint is None:
-        return AutoModelForCausalLM.from_config(config)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint, config=config, local_files_only=True, output_loading_info=True
-    )
-    model, info = loaded
-    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
-    if wrong:
-        raise InputError(
-            f"{checkpoint} does not fit the run's recipe, for example {printable(str(wrong[0]))}"
-        )
-    return model
-
-
-def _arguments(out: Path, record: RunRecord, steps: int) -> Any:
-    import torch
-    from transformers import TrainingArguments
-
-    recipe, optimizer = record.recipe, record.recipe.optimizer
-    micro = recipe.run.micro_batch_sequences or recipe.run.batch_sequences
-    schedule: dict[str, Any] = {"lr_scheduler_type": "constant_with_warmup"}
-    if record.fork is not None:
-        # stable until the fork: the same curve as the trunk's, so the trunk's scheduler state stays valid
-        schedule = {
-            "lr_scheduler_type": "warmup_stable_decay",
-            "lr_scheduler_kwargs": {
-                "num_decay_steps": steps - record.fork.start_step,
-                "decay_type": record.fork.anneal,
-                "warmup_type": "linear",
-            },
-        }
-    return TrainingArguments(
-        output_dir=str(out),
-        max_steps=steps,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=recipe.run.batch_sequences // micro,
-        train_sampling_strategy="sequential",
-        learning_rate=optimizer.learning_rate,
-        warmup_steps=optimizer.warmup_steps,
-        adam_beta1=optimizer.beta1,
-        adam_beta2=optimizer.beta2,
-        weight_decay=optimizer.weight_decay,
-        max_grad_norm=optimizer.gradient_clip,
-        bf16=recipe.run.precision == "bfloat16",
-        torch_compile=recipe.run.compiled,
-        include_num_input_tokens_seen="all",
-        save_strategy="no",
-        logging_steps=recipe.run.log_every_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # a loss that is not a number is shown as it is
-        report_to=["tensorboard"],
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        seed=recipe.run.seed,
-        **schedule,
-    )

@@ -54,8 +54,12 @@ def how_to_go_on(plan: Plan, path: Path, *, resuming: bool) -> Answer:
     return known[plan.newest.format](plan, _Out(path=path)) if plan.newest.format in known else ("", ())
 
 
+def _is_ours(plan: Plan) -> bool:
+    return bool((plan.sources[-1].point.folder.parent / _RUN_FILE).is_file())
+
+
 def _hugging_face(plan: Plan, out: _Out) -> Answer:
-    if (plan.sources[-1].point.folder.parent / _RUN_FILE).is_file():
+    if _is_ours(plan):
         return (
             f"pma pretrain --resume-from {out.shell} -o NEW_RUN",
             ("--skip-steps N or --skip-tokens N leaves out the data that come next",),
@@ -121,7 +125,15 @@ def _torch(plan: Plan, out: _Out) -> Answer:
     return f"torch.load({file.python}, weights_only=True)", ()
 
 
-def _start_hugging_face(_: Plan, out: _Out) -> Answer:
+def _start_hugging_face(plan: Plan, out: _Out) -> Answer:
+    if _is_ours(plan):
+        return (
+            f"pma pretrain --start-from {out.shell} --text TEXT --tokens N --learning-rate RATE -o NEW_RUN",
+            (
+                "--instructions ROWS.jsonl instead of --text fine-tunes on prompts and responses",
+                f"in transformers: AutoModelForCausalLM.from_pretrained({out.python})",
+            ),
+        )
     return f"AutoModelForCausalLM.from_pretrained({out.python})", ()
 
 

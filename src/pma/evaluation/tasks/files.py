@@ -6,8 +6,6 @@ made.
 
 from __future__ import annotations
 
-import json
-import lzma
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pma.errors import FormatError, InputError, UsageError, printable
+from pma.evaluation.rows import read_rows
 from pma.results import content_key
 
 SUFFIXES = (".jsonl", ".jsonl.xz")
@@ -92,7 +91,7 @@ def _read(path: Path, limit: int | None) -> LocalTask | None:
     """The task of a file; None where its first line has the fields of no task."""
     shape: Callable[[Mapping[str, Any]], Item] | None = None
     items = []
-    for number, row in _rows(path):
+    for number, row in read_rows(path):
         shape = shape or _shape(row)
         if shape is None:
             return None
@@ -109,26 +108,6 @@ def _read(path: Path, limit: int | None) -> LocalTask | None:
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", path.name.removesuffix(".xz").removesuffix(".jsonl"))
     joined = all(map(_is_joined, items))
     return LocalTask(name=name, kind=kind, delimiter="" if joined else " ", items=tuple(items))
-
-
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    try:
-        data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
-        lines = data.decode("utf-8").split("\n")
-    except (UnicodeDecodeError, lzma.LZMAError) as error:
-        raise FormatError(
-            f"{path} is not UTF-8 text{' in .xz' if path.suffix == '.xz' else ''}: {error}"
-        ) from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"{path}, line {number}: not valid JSON: {printable(str(error))}") from error
-        if not isinstance(row, dict):
-            raise FormatError(f"{path}, line {number}: a JSON {type(row).__name__}, expected an object")
-        yield number, row
 
 
 def _multiple_choice(row: Mapping[str, Any]) -> Item:
