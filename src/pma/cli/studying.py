@@ -20,7 +20,9 @@ def register(app: typer.Typer) -> None:
 
 
 def study(
-    names: Annotated[list[str], typer.Argument(metavar="NAME…", help="Studies; all; or list.", show_default=False)],
+    names: Annotated[
+        list[str], typer.Argument(metavar="NAME…", help="Studies; all; or list.", show_default=False)
+    ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The folder of results.", show_default=False)
     ] = None,
