@@ -54,6 +54,38 @@ def panels(
     return finished(alt.vconcat(*rows))
 
 
+def facets(
+    points: Sequence[Mapping[str, Any]],
+    *,
+    x: str,
+    y: str,
+    shades: Mapping[str, str],
+    frame: tuple[float, float],
+    columns: int = 3,
+) -> Any:
+    """A panel for each `panel` of the points, several in a row; a line for each model of `shades` in its
+    colour. `frame`: the least and the largest y.
+    """
+    alt = require_altair()
+    scale = alt.Scale(domain=list(shades), range=list(shades.values()))
+    order = list(dict.fromkeys(point["panel"] for point in points))
+    chart = (
+        alt.Chart(alt.Data(values=list(points)))
+        .mark_line(strokeWidth=1.4, clip=True)
+        .encode(
+            x=alt.X("x:Q", scale=alt.Scale(zero=False), title=x),
+            y=alt.Y("y:Q", scale=alt.Scale(domain=list(frame)), title=y),
+            color=alt.Color(
+                "model:N", scale=scale, sort=list(shades), title=None, legend=alt.Legend(orient="top")
+            ),
+        )
+        .properties(width=_PANEL_WIDTH, height=140)
+        .facet(alt.Facet("panel:N", title=None, sort=order), columns=columns)
+        .resolve_scale(x="independent")
+    )
+    return finished(chart)
+
+
 def colours(alt: Any, models: Sequence[str]) -> Any:
     """The colour of each model: the house's for raw, merged and annealed."""
     more = iter(_MORE * 3)

@@ -64,14 +64,22 @@ class Lab:
                 self.say(f"made {done} of {len(missing)}: {made.title}")
 
     def measure(
-        self, wanted: Sequence[Measured], *, where: str = HELD_OUT, cloze: int = 400, tasks: bool = False
+        self,
+        wanted: Sequence[Measured],
+        *,
+        where: str = HELD_OUT,
+        cloze: int = 400,
+        tasks: bool = False,
+        characters_a_document: int | None = None,
     ) -> list[Reading]:
-        """What each scored on the held-out (or validation) text of its run, and on the preset's tasks."""
+        """What each scored on the held-out (or validation) text of its run, of which so much of each document
+        is read (the preset's by default), and on the preset's tasks.
+        """
         self.make({item.run for item in wanted})
         how = measuring.How(
             where=where,
             cloze=cloze,
-            characters_a_document=self.preset.characters_a_document,
+            characters_a_document=characters_a_document or self.preset.characters_a_document,
             tasks=self.data.tasks if tasks else (),
             task_items=self.preset.task_items,
         )

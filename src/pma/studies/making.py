@@ -106,7 +106,7 @@ class Trunk(Run):
     def make(self, folder: Path, home: Path) -> None:
         run_folder.enter(folder, RunRecord(recipe=self.recipe, text=self.text.names))
         run_folder.borrow_text(folder, self.needs()[0].folder(home))
-        pretrain(self.recipe, folder, text=self.text.names, progress=_stopping)
+        pretrain(self.recipe, folder, text=self.text.names, progress=stopping)
         if self.resumable_steps is not None:
             for checkpoint in folder.glob("checkpoint-*"):
                 if int(checkpoint.name.removeprefix("checkpoint-")) not in self.resumable_steps:
@@ -136,7 +136,7 @@ class Anneal(Run):
     def make(self, folder: Path, home: Path) -> None:
         tokens = self.steps * self.trunk.recipe.tokens_a_step
         start = self.trunk.checkpoint(home, self.step)
-        fork(start, folder, anneal=self.shape, tokens=tokens, progress=_stopping)
+        fork(start, folder, anneal=self.shape, tokens=tokens, progress=stopping)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -184,7 +184,7 @@ class Resumed(Run):
         trunk = self.start.run
         assert isinstance(trunk, Trunk)
         tokens = self.until * trunk.recipe.tokens_a_step
-        resume(self.start.folder(home), folder, tokens=tokens, progress=_stopping)
+        resume(self.start.folder(home), folder, tokens=tokens, progress=stopping)
 
 
 def checkpoints(run: Run, home: Path, last: int, every: int, at: int) -> list[Path]:
@@ -237,7 +237,7 @@ class _Deadline:
 _DEADLINE = _Deadline()
 
 
-def _stopping(step: int, last_step: int, loss: float | None) -> None:
+def stopping(step: int, last_step: int, loss: float | None) -> None:
     """Ends a training at the deadline, as an interrupt would; its newest checkpoint is gone on from."""
     if _DEADLINE.at is not None and time.time() > _DEADLINE.at:
         raise KeyboardInterrupt

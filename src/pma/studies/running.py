@@ -59,7 +59,7 @@ def run_studies(request: Request, say: Callable[[str], None]) -> list[tuple[Stud
                 home=request.home,
                 preset=size,
                 data=data,
-                seeds=tuple(range(request.seeds or each.seeds)),
+                seeds=each.seeds_of(request.seeds),
                 workers=workers,
                 deadline=deadline,
                 say=say,
