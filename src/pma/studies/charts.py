@@ -8,7 +8,7 @@ from typing import Any
 from pma.reporting.charts import COLOURS, finished, require_altair
 
 # raw, merged and annealed as everywhere; further models in this order
-_MORE = ("#3b6fb6", "#a04ea0", "#b8a03a", "#50a5a5", "#c25b5b", "#777777")
+_MORE = ("#3b6fb6", "#a04ea0", "#b8a03a", "#50a5a5", "#c25b5b", "#777777", "#8a5a3c", "#d48fb4")
 _PANEL_WIDTH, _PANEL_HEIGHT = 230, 190
 _BARS_WIDTH = 400
 

@@ -151,10 +151,10 @@ def tell(results: dict[str, Any]) -> Told:
     """The write-up."""
     sizes = results["sizes"]
     return Told(
-        set_up="Each size at constant rate, for as many tokens at each rate. At the end: the raw checkpoint; the "
-        "plain average of the best window on validation text (of "
+        set_up="Each size at constant rate, for as many tokens at each rate. At the end: the raw checkpoint; "
+        "the plain average over the window that is best on validation text (of "
         f"{'; '.join(results['windows'])}); and the fork that ends there, annealed. Losses and gains on "
-        "held-out text, nats a token, 95% intervals over documents.",
+        "held-out text, nats a token; 95% intervals over documents.",
         tables=[_table(sizes), _optima(sizes)],
         findings=[_higher(sizes), _grows(sizes), _as_good(sizes)],
         more="three seeds, and longer runs: the best rate for a raw checkpoint falls with length, that for a "
