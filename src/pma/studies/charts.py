@@ -8,8 +8,9 @@ from typing import Any
 from pma.reporting.charts import COLOURS, finished, require_altair
 
 # raw, merged and annealed as everywhere; further models in this order
-_MORE = ("#3b6fb6", "#a04ea0", "#b8a03a", "#50a5a5", "#c25b5b", "#777777")
+_MORE = ("#3b6fb6", "#a04ea0", "#b8a03a", "#50a5a5", "#c25b5b", "#777777", "#8a5a3c", "#d48fb4")
 _PANEL_WIDTH, _PANEL_HEIGHT = 230, 190
+_BARS_WIDTH = 400
 
 
 def panels(
@@ -39,7 +40,7 @@ def panels(
                     "x:Q",
                     title=x if metric == metrics[-1] else None,
                     scale=alt.Scale(type="log") if log_x else alt.Scale(zero=False),
-                    axis=alt.Axis(format="~s", tickCount=5),
+                    axis=alt.Axis(format="~g" if log_x else "~s", tickCount=5),
                 ),
                 color=colour,
             )
@@ -86,6 +87,30 @@ def facets(
     return finished(chart)
 
 
+def bars(rows: Sequence[Mapping[str, Any]], *, y: str, groups: Sequence[str], models: Sequence[str]) -> Any:
+    """A row of panels for each `metric` of the rows, a column for each `panel`: bars in `groups`, one a
+    `model`, with 95% intervals; zero is the raw model. Rows: panel, metric, group, model, value, low, high.
+    """
+    alt = require_altair()
+    columns = list(dict.fromkeys(row["panel"] for row in rows))
+    colour = colours(alt, models)
+    made = []
+    for metric in dict.fromkeys(row["metric"] for row in rows):
+        drawn = []
+        for column in columns:
+            mine = [row for row in rows if row["metric"] == metric and row["panel"] == column]
+            base = alt.Chart(alt.Data(values=mine)).encode(
+                x=alt.X("group:N", title=None, sort=list(groups), axis=alt.Axis(labelAngle=0)),
+                xOffset=alt.XOffset("model:N", sort=list(models)),
+            )
+            shown = base.mark_bar().encode(y=alt.Y("value:Q", title=y), color=colour)
+            reach = base.mark_rule(strokeWidth=1.5, color="#222222").encode(y="low:Q", y2="high:Q")
+            title = f"{column}: {metric}"
+            drawn.append((shown + reach).properties(width=_BARS_WIDTH, height=_PANEL_HEIGHT, title=title))
+        made.append(alt.hconcat(*drawn))
+    return finished(alt.vconcat(*made))
+
+
 def colours(alt: Any, models: Sequence[str]) -> Any:
     """The colour of each model: the house's for raw, merged and annealed."""
     more = iter(_MORE * 3)
@@ -97,6 +122,11 @@ def colours(alt: Any, models: Sequence[str]) -> Any:
         title=None,
         legend=alt.Legend(orient="top", labelLimit=400, symbolOpacity=1),
     )
+
+
+def stage_name(stage: Mapping[str, Any], tokens_a_step: int) -> str:
+    """`early (1.0M tokens)`, of a case's `stage` and `step`."""
+    return f"{stage['stage']} ({stage['step'] * tokens_a_step / 1e6:.2g}M tokens)"
 
 
 def mean_of(by_seed: Sequence[Mapping[str, float]], name: str) -> float:

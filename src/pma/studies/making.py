@@ -115,7 +115,7 @@ class Trunk(Run):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Anneal(Run):
-    """A fork of a trunk that decays from `step` for `steps`."""
+    """A fork of a trunk that decays from `step` for `steps`. Its checkpoints up to there are its trunk's."""
 
     kind: ClassVar[str] = "anneal"
     trunk: Trunk
@@ -132,6 +132,9 @@ class Anneal(Run):
 
     def needs(self) -> Sequence[Made]:
         return (self.trunk,)
+
+    def checkpoint(self, home: Path, step: int) -> Path:
+        return (self.trunk if step <= self.step else self).folder(home) / f"checkpoint-{step}"
 
     def make(self, folder: Path, home: Path) -> None:
         tokens = self.steps * self.trunk.recipe.tokens_a_step

@@ -114,6 +114,40 @@ def ratio(numerators_S: Sequence[float], denominators_S: Sequence[float]) -> Int
     return Interval(value=value, low=low, high=high, standard_error=error, by_seed=by_seed)
 
 
+def gain_beyond(
+    first_S: Sequence[tuple[Evaluation, Evaluation]],
+    second_S: Sequence[tuple[Evaluation, Evaluation]],
+    times: float = 1.0,
+) -> Interval:
+    """`loss_gain` of the first pairs less `times` that of the second, all on the same documents."""
+    difference_SD = [
+        np.subtract(a.nats, b.nats) - times * np.subtract(c.nats, d.nats)
+        for (a, b), (c, d) in zip(first_S, second_S, strict=True)
+    ]
+    return _paired(difference_SD, first_S[0][0].tokens)
+
+
+def share(
+    gained_S: Sequence[tuple[Evaluation, Evaluation]], possible_S: Sequence[tuple[Evaluation, Evaluation]]
+) -> Interval | None:
+    """`loss_gain` of the first pairs as a share of that of the second. With (last, merge) and (last,
+    annealed) it is the gain recovered. None unless the interval of what was possible lies above zero.
+    """
+    gained, possible = loss_gain(gained_S), loss_gain(possible_S)
+    if possible.low <= 0 or not all(possible.by_seed):
+        return None
+    value = gained.value / possible.value
+    # a ratio's error is that of what is left when the ratio is taken off, in units of the denominator
+    left = gain_beyond(gained_S, possible_S, value)
+    return Interval(
+        value=value,
+        low=value + left.low / possible.value,
+        high=value + left.high / possible.value,
+        standard_error=left.standard_error / possible.value,
+        by_seed=tuple(a / b for a, b in zip(gained.by_seed, possible.by_seed, strict=True)),
+    )
+
+
 def _paired(difference_SD: Sequence[ArrayLike], count_D: ArrayLike) -> Interval:
     """Of summed differences by seed and document, and counts by document."""
     summed_SD, counts = np.asarray(difference_SD, dtype=np.float64), np.asarray(count_D, dtype=np.float64)

@@ -66,6 +66,13 @@ def sign_verdict(low: float | None, high: float | None, *, claimed_positive: boo
     return Verdict.DISAGREES if high < 0 else Verdict.CANNOT_TELL
 
 
+def within_verdict(low: float, high: float, margin: float) -> Verdict:
+    """Of a claim that a quantity is at most `margin` from zero, from its 95% interval."""
+    if -margin <= low and high <= margin:
+        return Verdict.AGREES
+    return Verdict.DISAGREES if high < -margin or low > margin else Verdict.CANNOT_TELL
+
+
 def most(verdicts: Sequence[Verdict]) -> Verdict:
     """Of a claim made of several cases: what all of them say; else that it cannot be told, unless one
     contradicts.
