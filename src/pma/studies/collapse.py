@@ -58,6 +58,10 @@ class Collapsing(Run):
     text: Text
 
     @property
+    def title(self) -> str:
+        return f"{self.trial.recipe.name} until it collapses, seed {self.seed}"
+
+    @property
     def recipe(self) -> Recipe:
         """Of its first piece."""
         return self._of(self.trial.first_steps)
@@ -94,6 +98,10 @@ class BeforeCollapse(Made):
     run: Collapsing
     before_step: int
 
+    @property
+    def title(self) -> str:
+        return f"merge before step {self.before_step} of {self.run.title}"
+
     def describe(self) -> dict[str, Any]:
         return {"run": self.run.describe(), "last": LAST, "before_step": self.before_step}
 
@@ -118,6 +126,12 @@ class Continued(Run):
     until: int
     skipped_steps: int = 0
     merge: BeforeCollapse | None = None
+
+    @property
+    def title(self) -> str:
+        start = "the merge" if self.merge else f"step {self.step}"
+        skipped = f", {self.skipped_steps} steps of data left out" if self.skipped_steps else ""
+        return f"{self.run.title}, on from {start}{skipped}"
 
     def describe(self) -> dict[str, Any]:
         start = self.merge.describe() if self.merge else {"run": self.run.describe(), "step": self.step}
