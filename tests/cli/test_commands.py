@@ -358,6 +358,7 @@ FLAGS = {
     "watch": "--allow-mixed-phases --cloze --context --every --every-checkpoint --json --keep-window --last "
     "--limit --memory --once --out --pattern --poll --port --scheme --store --tasks --text --threads --wandb "
     "--weights",
+    "study": "--data --home --jobs --json --minutes --out --preset --redraw --seeds",
 }
 
 
