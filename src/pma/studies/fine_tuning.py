@@ -1,9 +1,10 @@
-"""The fine-tuning runs that two studies share: the peak rate tuned on validation responses, then three
-schedules from either start.
+"""The fine-tuning runs that two studies share: cosines from three peak rates, of which one is chosen on
+validation responses, and the chosen one held constant; from either start.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +20,15 @@ PEAKS = (1.0, 0.3, 0.1)
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuning:
-    """The runs by schedule and start, one for each seed, and how the peak was chosen."""
+    """The runs by schedule and start, one for each seed, and how the peak was chosen: `best` is the cosine
+    from it, `steady` the constant rate.
+    """
 
     size: str
     trunk_rate: float
     rows: tuple[dict[str, Any], ...]
+    best: Schedule
+    steady: Schedule
     schedules: tuple[Schedule, ...]
     runs: dict[tuple[str, str], list[Stage]]
 
@@ -54,24 +59,40 @@ def chosen(lab: Lab) -> FineTuning:
     rate = tuned(lab, (size,))[size.name].rate
     by_seed = trunks(lab, size)
     first = by_seed[lab.seeds[0]]
-    candidates = [_cosine(rate * share) for share in PEAKS]
-    tried = [_stage(lab, first, start, schedule) for schedule in candidates for start in (LAST, MERGE)]
-    lab.make(tried)
+    cosines = tuple(_cosine(rate * share) for share in PEAKS)
+    runs = _runs(lab, by_seed, cosines)
+    tried = [run for several in runs.values() for run in several if run.trunk == first]
     ends = [Measured(run=each, at=each.steps) for each in tried]
     losses = [reading.text.loss.value for reading in lab.measure(ends, where=VALIDATION)]
+    by_run = dict(zip(runs, losses, strict=True))
     rows = [
-        {"peak": schedule.peak, LAST: losses[2 * i], MERGE: losses[2 * i + 1]}
-        for i, schedule in enumerate(candidates)
+        {"peak": each.peak, **{start: by_run[each.name, start] for start in (LAST, MERGE)}}
+        for each in cosines
     ]
-    peak = min(rows, key=lambda row: row[LAST])["peak"]
-    schedules = (_cosine(peak), _cosine(peak / 2), constant(f"{peak:.2g}, constant", peak))
+    best = min(cosines, key=lambda each: by_run[each.name, LAST])
+    steady = constant(f"{best.peak:.2g}, constant", best.peak)
+    return FineTuning(
+        size=size.name,
+        trunk_rate=rate,
+        rows=tuple(rows),
+        best=best,
+        steady=steady,
+        schedules=(*cosines, steady),
+        runs={**runs, **_runs(lab, by_seed, (steady,))},
+    )
+
+
+def _runs(
+    lab: Lab, by_seed: dict[int, Trunk], schedules: Sequence[Schedule]
+) -> dict[tuple[str, str], list[Stage]]:
+    """Made, by schedule and start, one for each seed."""
     runs = {
         (schedule.name, start): [_stage(lab, trunk, start, schedule) for trunk in by_seed.values()]
         for schedule in schedules
         for start in (LAST, MERGE)
     }
     lab.make([each for several in runs.values() for each in several])
-    return FineTuning(size=size.name, trunk_rate=rate, rows=tuple(rows), schedules=schedules, runs=runs)
+    return runs
 
 
 def _cosine(peak: float) -> Schedule:

@@ -20,7 +20,7 @@ RAW = (1, 0)  # the window of one checkpoint
 def run(lab: Lab) -> dict[str, Any]:
     """Merges of several windows along two of the fine-tuning runs from last: cosine and constant rate."""
     tuning = chosen(lab)
-    shapes = (("constant", tuning.schedules[2]), ("cosine", tuning.schedules[0]))
+    shapes = (("constant", tuning.steady), ("cosine", tuning.best))
     measured = {name: _measured(lab, tuning.of(schedule, LAST)) for name, schedule in shapes}
     ends = _ends(lab)
     both = [
@@ -32,7 +32,7 @@ def run(lab: Lab) -> dict[str, Any]:
     return {
         "size": tuning.size,
         "steps": lab.preset.stage_steps,
-        "rows_a_step": tuning.of(tuning.schedules[0], LAST)[0].trunk.recipe.run.batch_sequences,
+        "rows_a_step": tuning.of(tuning.best, LAST)[0].trunk.recipe.run.batch_sequences,
         "trajectories": [_told(lab, name, schedule, measured[name]) for name, schedule in shapes],
         "instead_of_decay": seeds.loss_gain(both).to_json(),
     }

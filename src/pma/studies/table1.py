@@ -139,9 +139,10 @@ def _set_up(results: dict[str, Any]) -> str:
         f"{results['size']} after {at:,} steps at constant rate {results['rate']:g}: the last checkpoint, or "
         f"the mean of the last {last}, {every} steps apart; fine-tuned for {results['steps']} steps of "
         f"{results['rows_a_step']} rows of prompt and response, loss on responses, the same rows in the same "
-        "order. The peak rate was tuned for last, on validation responses (last table), and used for both. "
-        "Gains are last less merge, positive where the merge is better; 95% intervals over rows, documents "
-        f"or items and over seeds, of gradient norms over {BLOCKS} stretches of steps."
+        "order; by cosine from three peak rates to a tenth, and constant at the one that was best from last "
+        "on validation responses (last table). Gains are last less merge, positive where the merge is "
+        "better; 95% intervals over rows, documents or items and over seeds, of gradient norms over "
+        f"{BLOCKS} stretches of steps."
     )
 
 
@@ -163,7 +164,7 @@ def _tuning(results: dict[str, Any]) -> Table:
     return Table(
         columns=["start", *(f"{row['peak']:.2g}" for row in rows)],
         rows=[["last", *cells], ["merge", *(f"{row[MERGE]:.4f}" for row in rows)]],
-        title="Validation loss on responses, by peak rate (cosine to a tenth; first seed):",
+        title="Validation loss on responses, by peak rate (first seed):",
     )
 
 
