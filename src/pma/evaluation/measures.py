@@ -14,6 +14,7 @@ from pma.evaluation.text import Document
 from pma.results import content_key
 
 if TYPE_CHECKING:
+    from pma.evaluation.responses import Exchange
     from pma.evaluation.scoring import Scorer
 
 TEXT = "text"
@@ -46,6 +47,21 @@ def text_measure(documents: Sequence[Document], *, cloze: int, context_tokens: i
         name=TEXT,
         key=content_key(key),
         run=lambda name, scorer: evaluate(name, scorer, documents, cloze=cloze),
+        read=Evaluation.from_json,
+    )
+
+
+def response_measure(exchanges: Sequence[Exchange], *, context_tokens: int | None) -> Measure:
+    """An `Evaluation` of the responses of `exchanges`; it stands for that of a text, so its name is TEXT."""
+    from pma.evaluation.evaluate import Evaluation
+    from pma.evaluation.responses import evaluate_responses
+
+    rows = [[exchange.prompt, exchange.response] for exchange in exchanges]
+    key = {"responses": content_key(rows), "context_tokens": context_tokens, "pma": __version__}
+    return Measure(
+        name=TEXT,
+        key=content_key(key),
+        run=lambda name, scorer: evaluate_responses(name, scorer, exchanges),
         read=Evaluation.from_json,
     )
 

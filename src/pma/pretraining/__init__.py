@@ -1,4 +1,4 @@
-"""The reference pre-training: recipes, text, the transformers Trainer, forks that anneal."""
+"""The reference pre-training: recipes, text, the transformers Trainer, forks that anneal, later stages."""
 
 from pma.pretraining.further import further
 from pma.pretraining.recipe import ANNEALS, SCHEDULES, Recipe, load_recipe

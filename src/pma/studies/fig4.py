@@ -11,7 +11,7 @@ from pma.studies.making import Trunk
 from pma.studies.measuring import Measured
 from pma.studies.presets import Preset
 from pma.studies.seeds import shown
-from pma.studies.telling import Finding, Table, Told, Verdict, most, sign_verdict, within_verdict
+from pma.studies.telling import Finding, Table, Told, Verdict, equal_verdict, most, sign_verdict
 from pma.studies.tuning import trunks
 
 VERSION = 1
@@ -139,7 +139,7 @@ def _vanish(late: list[dict[str, Any]]) -> Finding:
         for name in OF_THE_PAPER[1:]:
             share = stage["share_over_sma"][name]
             verdicts.append(
-                Verdict.CANNOT_TELL if share is None else within_verdict(share["low"], share["high"], MARGIN)
+                Verdict.CANNOT_TELL if share is None else equal_verdict(share["low"], share["high"], MARGIN)
             )
             told.append(f"{stage['size']}, {name} {shown(stage['over_sma'][name], 4)}")
     return Finding(

@@ -13,7 +13,7 @@ from pma.studies.making import Trunk
 from pma.studies.measuring import Measured
 from pma.studies.presets import Preset
 from pma.studies.seeds import shown
-from pma.studies.telling import Finding, Table, Told, Verdict, most, sign_verdict, within_verdict
+from pma.studies.telling import Finding, Table, Told, Verdict, equal_verdict, most, sign_verdict
 from pma.studies.tuning import trunks
 
 VERSION = 1
@@ -200,7 +200,7 @@ def _interval_hardly_matters(late: list[dict[str, Any]], varied: str) -> Finding
         for other in stage["over_smallest"][varied]:
             share = other["share"]
             verdicts.append(
-                Verdict.CANNOT_TELL if share is None else within_verdict(share["low"], share["high"], MARGIN)
+                Verdict.CANNOT_TELL if share is None else equal_verdict(share["low"], share["high"], MARGIN)
             )
             told.append(f"{stage['size']}, {other['window']}: {shown(other['gain'])}")
     return Finding(

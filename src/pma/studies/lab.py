@@ -71,17 +71,19 @@ class Lab:
         cloze: int = 400,
         tasks: bool = False,
         characters_a_document: int | None = None,
+        of: Made | None = None,
     ) -> list[Reading]:
-        """What each scored on the held-out (or validation) text of its run, of which so much of each document
-        is read (the preset's by default), and on the preset's tasks.
+        """What each scored on the held-out (or validation) text of its run, or on that of the run or text
+        `of`, of which so much of each document is read (the preset's by default), and on the preset's tasks.
         """
-        self.make({item.run for item in wanted})
+        self.make({item.run for item in wanted} | ({of} if of else set()))
         how = measuring.How(
             where=where,
             cloze=cloze,
             characters_a_document=characters_a_document or self.preset.characters_a_document,
             tasks=self.data.tasks if tasks else (),
             task_items=self.preset.task_items,
+            of=of.folder(self.home) if of else None,
         )
         missing = [item for item in wanted if measuring.known(item, how, self.home) is None]
         futures = [

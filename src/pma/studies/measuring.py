@@ -17,8 +17,9 @@ from pma.engine import SNAPSHOTS, MergeOptions
 from pma.errors import Interrupted
 from pma.evaluation import Document, read_documents
 from pma.evaluation.evaluate import Evaluation
-from pma.evaluation.measures import TEXT, Measure, task_measure, text_measure
+from pma.evaluation.measures import TEXT, Measure, response_measure, task_measure, text_measure
 from pma.evaluation.model import load_scorer
+from pma.evaluation.responses import read_exchanges
 from pma.evaluation.tasks import Task, TaskResult, prepared
 from pma.results import Store
 from pma.studies.making import Run, checkpoints
@@ -56,8 +57,8 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class How:
-    """What is measured: on the text of that name in the run's folder, the beginnings of its documents; and
-    tasks.
+    """What is measured: on the text of that name in the run's folder, the beginnings of its documents (of
+    rows of prompts, the responses); and tasks. `of`: the folder of another run, whose text it is instead.
     """
 
     where: str
@@ -65,6 +66,7 @@ class How:
     characters_a_document: int
     tasks: tuple[Path, ...]
     task_items: int
+    of: Path | None = None
 
     @property
     def key(self) -> str:
@@ -114,8 +116,13 @@ def known(item: Measured, how: How, home: Path) -> Reading | None:
 
 @cache
 def _measures(run: Path, how: How) -> tuple[Measure, ...]:
-    documents = beginnings(run / "text" / f"{how.where}.txt", how.characters_a_document)
-    made = [text_measure(documents, cloze=how.cloze, context_tokens=None)]
+    text = (how.of or run) / "text"
+    rows = text / f"{how.where}.jsonl"
+    if rows.is_file():
+        made = [response_measure(read_exchanges([rows]), context_tokens=None)]
+    else:
+        documents = beginnings(text / f"{how.where}.txt", how.characters_a_document)
+        made = [text_measure(documents, cloze=how.cloze, context_tokens=None)]
     if how.tasks:
         made += [task_measure(task, context_tokens=None) for task in _tasks(how.tasks, how.task_items)]
     return tuple(made)

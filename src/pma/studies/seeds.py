@@ -100,6 +100,16 @@ def _right(result: Any) -> Values:
     return np.concatenate([np.asarray(part, dtype=np.float64) for part in picked])
 
 
+def series_gain(pairs_S: Sequence[tuple[Values, Values]], block_steps: int) -> Interval:
+    """Mean over steps of the first series of each pair less that of the second. Neighbouring steps are not
+    independent, so stretches of `block_steps` are the unit.
+    """
+    difference_ST = [np.subtract(a, b) for a, b in pairs_S]
+    starts = np.arange(0, len(difference_ST[0]), block_steps)
+    sums = [np.add.reduceat(each, starts) for each in difference_ST]
+    return _paired(sums, np.diff([*starts, len(difference_ST[0])]))
+
+
 def ratio(numerators_S: Sequence[float], denominators_S: Sequence[float]) -> Interval | None:
     """Ratio of means over seeds with a jackknife's interval; None where the denominator's holds zero."""
     below = of_values(denominators_S)

@@ -66,11 +66,22 @@ def sign_verdict(low: float | None, high: float | None, *, claimed_positive: boo
     return Verdict.DISAGREES if high < 0 else Verdict.CANNOT_TELL
 
 
-def within_verdict(low: float, high: float, margin: float) -> Verdict:
-    """Of a claim that a quantity is at most `margin` from zero, from its 95% interval."""
-    if -margin <= low and high <= margin:
+def equal_verdict(low: float | None, high: float | None, margin: float) -> Verdict:
+    """Of a claim that a quantity is zero, up to `margin`, from its 95% interval."""
+    if low is None or high is None:
+        return Verdict.CANNOT_TELL
+    if -margin < low and high < margin:
         return Verdict.AGREES
     return Verdict.DISAGREES if high < -margin or low > margin else Verdict.CANNOT_TELL
+
+
+def not_below_verdict(low: float | None, high: float | None, margin: float) -> Verdict:
+    """Of a claim that a quantity is not below zero by more than `margin`, from its 95% interval."""
+    if low is None or high is None:
+        return Verdict.CANNOT_TELL
+    if low > -margin:
+        return Verdict.AGREES
+    return Verdict.DISAGREES if high < -margin else Verdict.CANNOT_TELL
 
 
 def most(verdicts: Sequence[Verdict]) -> Verdict:
