@@ -128,6 +128,7 @@ def _cpu() -> Preset:
     )
     with_means = replace(run, interval_means=True)  # the middle sizes, of which most is asked
     shapes = {"0.2M": (64, 176, run), "0.4M": (96, 256, with_means), "0.9M": (144, 384, run)}
+    rates = {"0.2M": (1e-3, 2e-3, 4e-3), "0.4M": (1e-3, 2e-3, 4e-3, 8e-3), "0.9M": (5e-4, 1e-3, 2e-3)}
     sizes = tuple(
         _size(
             f"{family}-{label}",
@@ -136,7 +137,7 @@ def _cpu() -> Preset:
             layers=3,
             heads=4,
             experts=8 if family == MIXTURE else 0,
-            rates=(1e-3, 2e-3, 4e-3, 8e-3) if how.interval_means else (1e-3, 2e-3, 4e-3),
+            rates=rates[label],
             vocabulary_tokens=1024,
             context_tokens=128,
             run=how,
