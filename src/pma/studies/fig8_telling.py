@@ -116,10 +116,12 @@ def _panel(alt: Any, plane: dict[str, Any], title: str) -> Any:
     x, y, loss = _finer(plane)
     dx, dy = ((each[1] - each[0]) * 0.55 for each in (x, y))  # a little over half, or gaps shine through
     cells = [
-        {"x": a - dx, "x2": a + dx, "y": b - dy, "y2": b + dy, "loss": float(loss[j, i])}
+        f"{a - dx:.6g},{a + dx:.6g},{b - dy:.6g},{b + dy:.6g},{loss[j, i]:.6g}"
         for j, b in enumerate(y)
         for i, a in enumerate(x)
     ]
+    # as text, since Altair checks every one of thousands of values
+    table = alt.InlineData(values="\n".join(["x,x2,y,y2,loss", *cells]), format=alt.CsvDataFormat(type="csv"))
     # levels crowd at the bottom, where the models are
     levels = np.quantile(loss, np.linspace(0, 1, _LEVELS + 1))[1:-1]
     colour = alt.Color(
@@ -129,7 +131,7 @@ def _panel(alt: Any, plane: dict[str, Any], title: str) -> Any:
         legend=alt.Legend(format=".3f", labelFontSize=9),
     )
     ground = (
-        alt.Chart(alt.Data(values=cells))
+        alt.Chart(table)
         .mark_rect()
         .encode(
             x=alt.X("x:Q", title="distance along the first axis", scale=alt.Scale(nice=False, zero=False)),

@@ -6,7 +6,7 @@ Hessian.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,19 +37,14 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """A run's models and two texts apart: `predict` is where derivatives are taken, `measure` where losses
-    are.
+    """A run's models by step, and two texts apart: `predict` is where derivatives are taken, `measure` where
+    losses are; `spectrum` is a part of the first.
     """
 
-    home: Path
-    run: Trunk
+    checkpoint: Callable[[int], Vector]
     predict: Surface
     measure: Surface
     spectrum: Surface
-
-    def checkpoint(self, step: int) -> Vector:
-        """The run's parameters at a step."""
-        return landscape.vector(Measured(run=self.run, at=step), self.home)
 
 
 def run(lab: Lab) -> dict[str, Any]:
@@ -115,8 +110,7 @@ def _space(home: Path, preset: Preset, trunk: Trunk) -> Space:
         )
 
     return Space(
-        home=home,
-        run=trunk,
+        checkpoint=lambda step: landscape.vector(Measured(run=trunk, at=step), home),
         predict=landscape.surface(scorer, text(VALIDATION, PREDICT_WINDOWS), batches=BATCHES),
         measure=landscape.surface(scorer, text(HELD_OUT, MEASURE_WINDOWS), batches=2 * BATCHES),
         spectrum=landscape.surface(scorer, text(VALIDATION, SPECTRUM_WINDOWS), batches=BATCHES // 2),
@@ -202,10 +196,9 @@ def _matrix(space: Space, preset: Preset, at: int, around: Vector | None) -> dic
 
 def _spectrum(space: Space, preset: Preset, at: int) -> dict[str, Any]:
     """The Hessian's ends at the merge, and how the curvature along last − merge divides."""
-    merge = landscape.vector(
-        Measured(run=space.run, at=at, last=preset.last, every=preset.every_steps), space.home
-    )
-    deviation = space.checkpoint(at) - merge
+    points = [space.checkpoint(at - preset.every_steps * back) for back in range(preset.last)]
+    merge = np.mean(points, axis=0)
+    deviation = points[0] - merge
 
     def product(direction: Values) -> Values:
         return space.spectrum.product(merge, direction)

@@ -18,12 +18,16 @@ DRAWS = 1_000
 
 def rank_correlation(a_W: ArrayLike, b_W: ArrayLike) -> float:
     """Spearman's; zero where either does not vary."""
-    from scipy.stats import rankdata
-
-    a, b = (rankdata(np.asarray(each)) for each in (a_W, b_W))
+    a, b = (_ranks(each) for each in (a_W, b_W))
     a, b = a - a.mean(), b - b.mean()
     length = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / length if length else 0.0
+
+
+def _ranks(values_W: ArrayLike) -> Values:
+    """Equal values share the mean of their ranks."""
+    _, place_W, counts = np.unique(np.asarray(values_W), return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[place_W])
 
 
 def ratio(a_W: ArrayLike, b_W: ArrayLike) -> float:
