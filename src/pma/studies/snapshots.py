@@ -38,8 +38,8 @@ class Window:
         return tuple(sorted(n for n in {*COUNTS, stored} if 1 < n <= stored and stored % n == 0))
 
     def models(self, run: Trunk) -> dict[str, Measured]:
-        """The last checkpoint, the mean over every step, N snapshots at the ends of N equal parts, and where
-        there are checkpoints in their middles, those.
+        """The last checkpoint, the mean over every step, N snapshots at the ends of N equal parts; and two in
+        the middles of halves, where checkpoints lie there.
         """
         stored = self.steps // self.every
         exact = Measured(run=run, at=self.at, last=stored, every=self.every, use=INTERVAL_MEANS)
@@ -47,7 +47,7 @@ class Window:
         for count in self.counts:
             apart = self.steps // count
             made[f"ends {count}"] = Measured(run=run, at=self.at, last=count, every=apart)
-            if apart // 2 % self.every == 0 and apart % 2 == 0:
+            if count == 2 and apart % (2 * self.every) == 0:
                 middle = self.at - apart // 2
                 made[f"middles {count}"] = Measured(run=run, at=middle, last=count, every=apart)
         return made
