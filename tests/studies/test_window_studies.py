@@ -29,8 +29,9 @@ def fork(first_merge: float, end_merge: float) -> dict[str, Any]:
         25: case({"raw": 2.99, "merged": first_merge, "annealed": 2.95}),
         100: case({"raw": 2.98, "merged": end_merge, "annealed": 2.88}),
     }
-    parts = fig3._of_fork(cases)
-    common = {"last": 10, "every_steps": 25, "anneal_steps": 100, "tokens_a_step": 8}
+    scored = case({"raw": 2.98, "merged": end_merge, "annealed": 2.88}, cloze=True)
+    parts = fig3._of_fork(cases, scored)
+    common = {"loss_characters": 100, "last": 10, "every_steps": 25, "anneal_steps": 100, "tokens_a_step": 8}
     return {**common, "forks": [{"size": "a", "fork_step": 500, **parts}]}
 
 
@@ -59,6 +60,7 @@ def test_decays(early: float, end: float, expected: list[Verdict]) -> None:
         100: case({"raw": 2.8, "merge of 10": end}),
     }
     results = {
+        "loss_characters": 100,
         "windows": windows,
         "every_steps": 25,
         "decay_start_step": 500,
@@ -73,16 +75,19 @@ def test_decays(early: float, end: float, expected: list[Verdict]) -> None:
 def of_schemes(**changed: float) -> dict[str, Any]:
     """A stage: sma gains 0.1 and the others as much, but for those `changed`."""
     losses = {"raw": 3.0, **dict.fromkeys(fig4.SCHEMES, 2.9), **changed}
-    return fig4._of_stage(case(losses), case(losses))
+    return fig4._of_stage(case(losses))
 
 
 def test_schemes() -> None:
     early = of_schemes(wma=2.85, **{"ema:0.2": 2.89, "ema:0.1": 2.95})
     late = of_schemes(**{"ema:0.1": 2.905})
-    results = {
+    scored = case({"raw": 3.0, "sma": 2.9, "wma": 2.9}, cloze=True)
+    results: dict[str, Any] = {
+        "loss_characters": 100,
         "last": 10,
         "every_steps": 25,
         "tokens_a_step": 8,
+        "scores": [{"size": "a", "step": 100, **fig4._scored(scored)}],
         "stages": [
             {"size": "a", "stage": stage, "step": 100, **values}
             for stage, values in (("early", early), ("late", late))
@@ -117,6 +122,7 @@ def of_intervals_and_numbers(early: dict[str, Any], late: dict[str, Any]) -> dic
     models = {"raw": 3.0, "N=10 V=25": 2.9, "N=10 V=50": 2.8, "N=3 V=25": 2.85}
     best = fig5._best(case(models), case({name: loss + 0.1 for name, loss in models.items()}), "N=10 V=25")
     return {
+        "loss_characters": 100,
         "tokens_a_step": 8,
         "ablations": {
             varied: [{"name": s.name, "every": s.every, "last": s.last} for s in shapes]
@@ -174,7 +180,7 @@ def of_rates(merged_best: float) -> dict[str, Any]:
         for rate, each in losses.items()
     }
     size = {"size": "a", "tuned": 4e-3, **lr._of_size(cases, validation)}
-    return {"windows": ["N=10 V=25", "N=10 V=50"], "sizes": [size]}
+    return {"loss_characters": 100, "windows": ["N=10 V=25", "N=10 V=50"], "sizes": [size]}
 
 
 def test_rates() -> None:

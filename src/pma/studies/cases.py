@@ -10,7 +10,7 @@ from pma.evaluation.evaluate import Evaluation
 from pma.studies import seeds
 from pma.studies.lab import HELD_OUT, Lab
 from pma.studies.measuring import Measured, Reading
-from pma.studies.stable_phase import values
+from pma.studies.presets import Preset
 
 Key = TypeVar("Key")
 
@@ -25,8 +25,8 @@ class Case:
     readings: Mapping[str, Sequence[Reading]]
 
     def values(self, model: str) -> list[dict[str, float]]:
-        """The model's figures, by seed."""
-        return [values(reading) for reading in self.readings[model]]
+        """The model's figures, by seed: loss and what else was measured."""
+        return [_values(reading) for reading in self.readings[model]]
 
     def gain(self, before: str, after: str, metric: str = "loss") -> dict[str, Any]:
         """What `after` gains over `before` with its interval: nats a token, or score (`cloze`, or a task)."""
@@ -39,8 +39,10 @@ class Case:
         return seeds.score_gain([(a.tasks[metric], b.tasks[metric]) for a, b in pairs]).to_json()
 
     def gains(self, before: str, after: str) -> dict[str, Any]:
-        """`gain` in loss, cloze and each task."""
-        metrics = ["loss", "cloze", *self.readings[before][0].tasks]
+        """`gain` in each score that was measured."""
+        metrics = [
+            name for name in _values(self.readings[before][0]) if name not in ("loss", "bits_per_byte")
+        ]
         return {metric: self.gain(before, after, metric) for metric in metrics}
 
     def share(self, gained: tuple[str, str], possible: tuple[str, str]) -> dict[str, Any] | None:
@@ -61,16 +63,34 @@ class Case:
         return Case(readings={**self.readings, **{new: other.readings[old] for new, old in names.items()}})
 
 
+def _values(reading: Reading) -> dict[str, float]:
+    found = {"loss": reading.text.loss.value, "bits_per_byte": reading.text.bits_per_byte}
+    if reading.text.cloze_accuracy is not None:
+        found["cloze"] = reading.text.cloze_accuracy
+    return found | {name: float(seeds.item_scores(task).mean()) for name, task in reading.tasks.items()}
+
+
+def loss_characters(preset: Preset) -> int:
+    """How much of each document the losses are of. Documents are the unit of chance, and hundreds of models
+    are measured: all documents are read, but less of each than by the studies of fewer models.
+    """
+    return preset.characters_a_document // 4
+
+
 def measured(
     lab: Lab,
     wanted: Mapping[Key, Mapping[str, Sequence[Measured]]],
     *,
     where: str = HELD_OUT,
-    tasks: bool = False,
+    scored: bool = False,
 ) -> dict[Key, Case]:
-    """Measure all models of all cases at once."""
+    """Measure all models of all cases: losses; or `scored`, cloze and the preset's tasks."""
     flat = [item for models in wanted.values() for by_seed in models.values() for item in by_seed]
-    readings = iter(lab.measure(flat, where=where, tasks=tasks))
+    readings = iter(
+        lab.measure(flat, where=where, tasks=True)
+        if scored
+        else lab.measure(flat, where=where, cloze=0, characters_a_document=loss_characters(lab.preset))
+    )
     return {
         key: Case(
             readings={name: [next(readings) for _ in by_seed] for name, by_seed in models.items()},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pma.studies import charts
-from pma.studies.cases import MARGIN, Case, measured
+from pma.studies.cases import MARGIN, Case, loss_characters, measured
 from pma.studies.lab import Lab
 from pma.studies.making import Anneal
 from pma.studies.measuring import Measured
@@ -15,8 +15,8 @@ from pma.studies.telling import Finding, Table, Told, Verdict, most, sign_verdic
 from pma.studies.tuning import anneal, trunks
 
 VERSION = 1
-POINTS = 10  # of the decay, after its start
-EARLY = 0.25  # of the decay
+POINTS = (0, 0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9, 1)  # of the decay
+EARLY = 0.25
 RAW, START, END = "raw", "start", "end"
 
 
@@ -34,6 +34,7 @@ def run(lab: Lab) -> dict[str, Any]:
     }
     cases = measured(lab, wanted)
     return {
+        "loss_characters": loss_characters(preset),
         "windows": windows,
         "every_steps": preset.every_steps,
         "decay_start_step": preset.fork_steps[-1],
@@ -50,9 +51,8 @@ def run(lab: Lab) -> dict[str, Any]:
 
 
 def _points(preset: Preset) -> list[int]:
-    """Steps after the start of the decay at which there are checkpoints, about evenly spaced."""
-    steps = {preset.anneal_steps * i // POINTS for i in range(POINTS + 1)}
-    return sorted({step // preset.every_steps * preset.every_steps for step in steps})
+    """Steps after the start of the decay at which there are checkpoints."""
+    return sorted({round(preset.anneal_steps * x / preset.every_steps) * preset.every_steps for x in POINTS})
 
 
 def _models(
@@ -100,7 +100,8 @@ def tell(results: dict[str, Any]) -> Told:
         set_up=f"The cosine decay of {results['decay_steps']} steps from step "
         f"{results['decay_start_step']:,}; at each point the raw checkpoint and plain averages of the last "
         f"{_listed(results)} checkpoints, {results['every_steps']} steps apart, which reach back into the "
-        "stable phase while they have to. All on the same held-out documents; 95% intervals over seeds and "
+        "stable phase while they have to. Losses on the first "
+        f"{results['loss_characters']:,} characters of each held-out document; 95% intervals over seeds and "
         "documents.",
         tables=[_table(results, early)],
         findings=[

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pma.studies import charts
-from pma.studies.cases import MARGIN, Case, measured
+from pma.studies.cases import MARGIN, Case, loss_characters, measured
 from pma.studies.lab import Lab
 from pma.studies.making import Trunk
 from pma.studies.measuring import Measured
@@ -15,7 +15,7 @@ from pma.studies.telling import Finding, Table, Told, Verdict, most, sign_verdic
 from pma.studies.tuning import anneal, trunks
 
 VERSION = 1
-POINTS = 4  # of each way, after the fork
+POINTS = (0, 0.2, 0.5, 1)  # where both ways are measured, of the decay's length
 RAW, MERGED, ANNEALED = "raw", "merged", "annealed"
 LAST, MERGED_AT_FORK = "last", "merged at the fork"
 _POINT = 0.01
@@ -32,10 +32,11 @@ def run(lab: Lab) -> dict[str, Any]:
         for after in _points(preset)
     }
     lab.make({model.run for models in wanted.values() for model in models[ANNEALED]})
-    ends = (0, preset.anneal_steps)
-    cases = measured(lab, {key: models for key, models in wanted.items() if key[2] in ends}, tasks=True)
-    cases |= measured(lab, {key: models for key, models in wanted.items() if key[2] not in ends})
+    cases = measured(lab, wanted)
+    end = preset.anneal_steps
+    scored = measured(lab, {key: models for key, models in wanted.items() if key[2] == end}, scored=True)
     return {
+        "loss_characters": loss_characters(preset),
         "last": preset.last,
         "every_steps": preset.every_steps,
         "anneal_steps": preset.anneal_steps,
@@ -44,7 +45,9 @@ def run(lab: Lab) -> dict[str, Any]:
             {
                 "size": name,
                 "fork_step": fork,
-                **_of_fork({after: cases[name, fork, after] for after in _points(preset)}),
+                **_of_fork(
+                    {after: cases[name, fork, after] for after in _points(preset)}, scored[name, fork, end]
+                ),
             }
             for name in runs
             for fork in preset.fork_steps
@@ -53,9 +56,8 @@ def run(lab: Lab) -> dict[str, Any]:
 
 
 def _points(preset: Preset) -> list[int]:
-    """Steps after a fork at which there are checkpoints, about evenly spaced."""
-    steps = {preset.anneal_steps * i // POINTS for i in range(POINTS + 1)}
-    return sorted({step // preset.every_steps * preset.every_steps for step in steps})
+    """Steps after a fork at which there are checkpoints."""
+    return sorted({round(preset.anneal_steps * x / preset.every_steps) * preset.every_steps for x in POINTS})
 
 
 def _models(lab: Lab, runs: tuple[Trunk, ...], fork: int, after: int) -> dict[str, list[Measured]]:
@@ -67,8 +69,8 @@ def _models(lab: Lab, runs: tuple[Trunk, ...], fork: int, after: int) -> dict[st
     }
 
 
-def _of_fork(cases: dict[int, Case]) -> dict[str, Any]:
-    """`cases` by steps after the fork."""
+def _of_fork(cases: dict[int, Case], scored: Case) -> dict[str, Any]:
+    """`cases` by steps after the fork; `scored` at the end."""
     start, end = cases[0], cases[max(cases)]
     both = end.with_models(start, {LAST: RAW, MERGED_AT_FORK: MERGED})
     possible = (LAST, ANNEALED)
@@ -89,8 +91,9 @@ def _of_fork(cases: dict[int, Case]) -> dict[str, Any]:
             MERGED: both.share((LAST, MERGED), possible),
         },
         "of_the_gain_over_raw": end.share((RAW, MERGED), (RAW, ANNEALED)),
-        "merged_over_annealed": end.gains(ANNEALED, MERGED),
-        "merged_over_raw": end.gains(RAW, MERGED),
+        "scores": {model: scored.values(model) for model in (RAW, MERGED, ANNEALED)},
+        "merged_over_annealed": {"loss": end.gain(ANNEALED, MERGED), **scored.gains(ANNEALED, MERGED)},
+        "merged_over_raw": {"loss": end.gain(RAW, MERGED), **scored.gains(RAW, MERGED)},
     }
 
 
@@ -101,9 +104,9 @@ def tell(results: dict[str, Any]) -> Told:
     last, every, steps = results["last"], results["every_steps"], results["anneal_steps"]
     return Told(
         set_up=f"From each fork, {steps} more steps of the same data at the constant rate (raw; and the "
-        f"plain average of the last {last} checkpoints, {every} steps apart), or with a cosine decay "
-        "to zero. Same held-out documents and items for all; 95% intervals over seeds and over documents or "
-        "items.",
+        f"plain average of the last {last} checkpoints, {every} steps apart), or with a cosine decay. "
+        f"Losses on the first {results['loss_characters']:,} characters of each held-out document; the same "
+        "documents and items for all; 95% intervals over seeds and over documents or items.",
         tables=[_recovered(forks), _distances(forks, scores)],
         findings=[*_early(forks), _loss_at_the_end(forks), *(_score(forks, name) for name in scores)],
         more="longer decays, and tasks that these models do clearly better than by chance.",

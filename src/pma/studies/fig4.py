@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pma.studies import charts
-from pma.studies.cases import MARGIN, Case, measured
+from pma.studies.cases import MARGIN, Case, loss_characters, measured
 from pma.studies.lab import Lab
 from pma.studies.making import Trunk
 from pma.studies.measuring import Measured
@@ -27,19 +27,21 @@ def run(lab: Lab) -> dict[str, Any]:
     preset = lab.preset
     runs = {name: list(trunks(lab, preset.size(name)).values()) for name in preset.middle}
     wanted = {(name, at): _models(runs[name], at, preset) for name in runs for at in preset.stages}
-    scored = measured(
-        lab, {key: {name: models[name] for name in SCORED} for key, models in wanted.items()}, tasks=True
-    )
     cases = measured(lab, wanted)
+    ends = (preset.stages[0], preset.stages[-1])
+    few = {key: {name: models[name] for name in SCORED} for key, models in wanted.items() if key[1] in ends}
+    scored = measured(lab, few, scored=True)
     return {
+        "loss_characters": loss_characters(preset),
         "last": preset.last,
         "every_steps": preset.every_steps,
         "tokens_a_step": preset.sizes[0].recipe.tokens_a_step,
         "stages": [
-            {"size": name, "stage": stage, "step": at, **_of_stage(cases[name, at], scored[name, at])}
+            {"size": name, "stage": stage, "step": at, **_of_stage(cases[name, at])}
             for name in runs
             for stage, at in zip(STAGES, preset.stages, strict=True)
         ],
+        "scores": [{"size": name, "step": at, **_scored(case)} for (name, at), case in scored.items()],
     }
 
 
@@ -54,7 +56,7 @@ def _models(runs: list[Trunk], at: int, preset: Preset) -> dict[str, list[Measur
     return {RAW: [Measured(run=run, at=at) for run in runs], **merges}
 
 
-def _of_stage(case: Case, scored: Case) -> dict[str, Any]:
+def _of_stage(case: Case) -> dict[str, Any]:
     others = [name for name in SCHEMES if name != SMA]
     return {
         "values": {name: case.values(name) for name in case.readings},
@@ -63,9 +65,14 @@ def _of_stage(case: Case, scored: Case) -> dict[str, Any]:
         "share_over_sma": {name: case.share((SMA, name), (RAW, SMA)) for name in others},
         "wma_over": {name: case.gain(name, WMA) for name in OF_THE_PAPER if name != WMA},
         "fast_over_slow": case.gain(EMA_SLOW, EMA_FAST),
-        "scores": {name: scored.values(name) for name in SCORED},
-        "score_gain": {name: scored.gains(RAW, name) for name in SCORED if name != RAW},
-        "wma_score_over_sma": scored.gains(SMA, WMA),
+    }
+
+
+def _scored(case: Case) -> dict[str, Any]:
+    return {
+        "values": {name: case.values(name) for name in SCORED},
+        "gain": {name: case.gains(RAW, name) for name in SCORED if name != RAW},
+        "wma_over_sma": case.gains(SMA, WMA),
     }
 
 
@@ -75,8 +82,9 @@ def tell(results: dict[str, Any]) -> Told:
     return Told(
         set_up=f"The last {results['last']} checkpoints, {results['every_steps']} steps apart, at constant "
         "rate, weighted by each scheme, at three stages; `ema` is eq. 4, `ema-normalized` the other form the "
-        "paper prints, divided by its sum. Gains in held-out loss over the raw checkpoint, nats a token; 95% "
-        "intervals over seeds and documents.",
+        "paper prints, divided by its sum. Gains in loss over the raw checkpoint, nats a token, on the first "
+        f"{results['loss_characters']:,} characters of each held-out document; 95% intervals over seeds and "
+        "documents.",
         tables=[_table(results), _scores(results)],
         findings=[
             _above_raw(early),
@@ -95,14 +103,14 @@ def _table(results: dict[str, Any]) -> Table:
 
 
 def _scores(results: dict[str, Any]) -> Table:
-    metrics = [name for name in results["stages"][0]["wma_score_over_sma"] if name != "loss"]
+    scores = results["scores"]
     rows = [
-        [f"{metric}, {name}", *(shown(stage["score_gain"][name][metric]) for stage in results["stages"])]
-        for metric in metrics
+        [f"{metric}, {name}", *(shown(stage["gain"][name][metric]) for stage in scores)]
+        for metric in scores[0]["wma_over_sma"]
         for name in SCORED
         if name != RAW
     ]
-    columns = ["gain in score", *(f"{stage['size']}, step {stage['step']:,}" for stage in results["stages"])]
+    columns = ["gain in score", *(f"{stage['size']}, step {stage['step']:,}" for stage in scores)]
     return Table(columns=columns, rows=rows)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pma.studies import charts
-from pma.studies.cases import MARGIN, Case, measured
+from pma.studies.cases import MARGIN, Case, loss_characters, measured
 from pma.studies.lab import VALIDATION, Lab
 from pma.studies.making import Trunk
 from pma.studies.measuring import Measured
@@ -63,6 +63,7 @@ def run(lab: Lab) -> dict[str, Any]:
     validation = measured(lab, {name: wanted[name, end] for name in runs}, where=VALIDATION)
     usual = Shape(every=preset.every_steps, last=preset.last).name
     return {
+        "loss_characters": loss_characters(preset),
         "tokens_a_step": preset.sizes[0].recipe.tokens_a_step,
         "ablations": {
             varied: [{"name": s.name, "every": s.every, "last": s.last} for s in shapes]
@@ -134,7 +135,8 @@ def tell(results: dict[str, Any]) -> Told:
     return Told(
         set_up=f"Plain averages of N checkpoints V steps apart, at constant rate, at three stages: {of_v}, "
         f"and {of_n} (in the figure at a larger V too). Windows that would reach into the warmup are left "
-        "out. Gains in held-out loss over the raw checkpoint, nats a token; 95% intervals over seeds and "
+        "out. Gains in loss over the raw checkpoint, nats a token, on the first "
+        f"{results['loss_characters']:,} characters of each held-out document; 95% intervals over seeds and "
         "documents.",
         tables=[_table(results, of_v), _table(results, of_n)],
         findings=[

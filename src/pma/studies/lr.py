@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pma.studies import charts
-from pma.studies.cases import Case, measured
+from pma.studies.cases import Case, loss_characters, measured
 from pma.studies.fig5 import Shape
 from pma.studies.lab import VALIDATION, Lab
 from pma.studies.making import Trunk
@@ -54,6 +54,7 @@ def run(lab: Lab) -> dict[str, Any]:
         },
     )
     return {
+        "loss_characters": loss_characters(preset),
         "windows": [shape.name for shape in shapes(preset)],
         "sizes": [
             {
@@ -153,8 +154,9 @@ def tell(results: dict[str, Any]) -> Told:
     return Told(
         set_up="Each size at constant rate, for as many tokens at each rate. At the end: the raw checkpoint; "
         "the plain average over the window that is best on validation text (of "
-        f"{'; '.join(results['windows'])}); and the fork that ends there, annealed. Losses and gains on "
-        "held-out text, nats a token; 95% intervals over documents.",
+        f"{'; '.join(results['windows'])}); and the fork that ends there, annealed. Losses and gains in "
+        f"nats a token, on the first {results['loss_characters']:,} characters of each held-out document; "
+        "95% intervals over documents.",
         tables=[_table(sizes), _optima(sizes)],
         findings=[_higher(sizes), _grows(sizes), _as_good(sizes)],
         more="three seeds, and longer runs: the best rate for a raw checkpoint falls with length, that for a "
