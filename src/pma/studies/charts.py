@@ -77,7 +77,11 @@ def facets(
             x=alt.X("x:Q", scale=alt.Scale(zero=False), title=x),
             y=alt.Y("y:Q", scale=alt.Scale(domain=list(frame)), title=y),
             color=alt.Color(
-                "model:N", scale=scale, sort=list(shades), title=None, legend=alt.Legend(orient="top")
+                "model:N",
+                scale=scale,
+                sort=list(shades),
+                title=None,
+                legend=alt.Legend(orient="top", labelLimit=400, columns=3),
             ),
         )
         .properties(width=_PANEL_WIDTH, height=140)

@@ -34,12 +34,12 @@ from pma.studies.telling import Told
 VERSION = 1
 CHARACTERS_A_DOCUMENT = 1_000
 _FRAME = (4.0, 8.0)  # of the loss in the figure
-# with the same data a rollback is the run again, also the further one: one line is enough
+# with the same data a further rollback is the run again too: one line is enough
 _SHADES = {
     "the run": "#9aa5b0",
     "merge, same data": "#d9730d",
     "merge, data skipped": "#f2b680",
-    "rollback, same data": "#3b6fb6",
+    "rollback, same data (the run again)": "#3b6fb6",
     "rollback, data skipped": "#93b4e0",
     "further rollback, data skipped": "#2f7d5b",
 }
@@ -191,7 +191,8 @@ def tell(results: dict[str, Any]) -> Told:
             f"S --last {LAST}`, moments of the newest), from the newest of the three (rollback) and from the "
             "oldest (further rollback); with the same data, and with the data until "
             f"{WITHIN} steps after the collapse left out. *Passed*: no collapse until "
-            f"{results['held_steps']} steps past the place."
+            f"{results['held_steps']} steps past the place. The figure shows means of 5 steps, cut at "
+            f"{_FRAME[1]:g}."
         ),
         tables=tables(told),
         findings=findings(results),
@@ -216,12 +217,10 @@ def draw(results: dict[str, Any]) -> Any:
     arms = [name for name in _SHADES if name != "the run"]
     points = []
     for row in results["rows"]:
-        series = {"the run": (0, row["trunk"])}
-        series |= {
-            name: (row["arms"][name]["start_step"], row["arms"][name]["losses"])
-            for name in arms
-            if "arms" in row
-        }
+        series: dict[str, Any] = {"the run": (0, row["trunk"])}
+        for name in arms if "arms" in row else []:
+            arm = row["arms"][name.split(" (")[0]]
+            series[name] = (arm["start_step"], arm["losses"])
         first = row["checkpoints"][0] - 30 if "arms" in row else 0
         last = row["collapse_step"] + results["after_steps"] if "arms" in row else len(row["trunk"])
         for name, (offset, losses) in series.items():
@@ -233,7 +232,7 @@ def draw(results: dict[str, Any]) -> Any:
     return charts.facets(
         points,
         x="step",
-        y="training loss (mean of 5 steps; cut at 8)",
+        y="training loss",
         shades=_SHADES,
         frame=_FRAME,
     )

@@ -78,7 +78,8 @@ def run(lab: Lab) -> dict[str, Any]:
     }
     models = {name: [course.models() for course in courses] for name, courses in cases.items()}
     wanted = [model for by_seed in models.values() for mine in by_seed for model in mine.values()]
-    readings = iter(lab.measure(wanted, cloze=0))
+    characters = preset.characters_a_document // 2  # many checkpoints, far apart in loss
+    readings = iter(lab.measure(wanted, cloze=0, characters_a_document=characters))
     sizes = []
     for name, by_seed in models.items():
         read = [{key: next(readings) for key in mine} for mine in by_seed]
@@ -88,6 +89,7 @@ def run(lab: Lab) -> dict[str, Any]:
         "until": until,
         "every_steps": preset.every_steps,
         "last": preset.last,
+        "characters_a_document": characters,
         "tokens_a_step": preset.size(preset.middle[0]).recipe.tokens_a_step,
         "sizes": sizes,
     }
@@ -156,7 +158,8 @@ def tell(results: dict[str, Any]) -> Told:
             f"steps from the merge of the last {results['last']} checkpoints, {results['every_steps']} steps "
             "apart (`pma init --optimizer`: moments of the newest checkpoint; the first zero, the second the "
             "newest's; both averaged; all zero, and Adam's count of steps), with the same data, and is "
-            "compared with the run itself at the same step, on held-out text. Step, schedule and "
+            "compared with the run itself at the same step, on the first "
+            f"{results['characters_a_document']:,} characters of each held-out document. Step, schedule and "
             "rate are kept by all four: a reset has no warmup of its own. Nats a token, 95% intervals over "
             "seeds and documents. *Gone*: from there on no interval lies above zero."
         ),
