@@ -39,7 +39,7 @@ def panels(
                 x=alt.X(
                     "x:Q",
                     title=x if metric == metrics[-1] else None,
-                    scale=alt.Scale(type="log") if log_x else alt.Scale(zero=False),
+                    scale=alt.Scale(type="log", nice=False) if log_x else alt.Scale(zero=False),
                     axis=alt.Axis(format="~g" if log_x else "~s", tickCount=5),
                 ),
                 color=colour,

@@ -95,7 +95,7 @@ def tell(results: dict[str, Any]) -> Told:
     """The write-up."""
     sizes, windows = results["sizes"], list(results["windows"])
     points = sizes[0]["points"]
-    early = _nearest(points, EARLY * results["decay_steps"])
+    early = max(1, _nearest(points, EARLY * results["decay_steps"]))
     return Told(
         set_up=f"The cosine decay of {results['decay_steps']} steps from step "
         f"{results['decay_start_step']:,}; at each point the raw checkpoint and plain averages of the last "

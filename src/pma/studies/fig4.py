@@ -92,7 +92,7 @@ def tell(results: dict[str, Any]) -> Told:
             _one(early, "fast_over_slow", f"early, {EMA_FAST} is better than {EMA_SLOW}"),
             _vanish(late),
         ],
-        more="more seeds, if the differences between schemes mattered at all.",
+        more="more seeds, and windows over which the weights change more.",
     )
 
 

@@ -165,17 +165,21 @@ def _table(results: dict[str, Any], varied: str) -> Table:
 
 
 def _large_interval(early: list[dict[str, Any]], shapes: Sequence[dict[str, Any]]) -> Finding:
-    """Of the largest V that there is."""
-    largest = [[s["name"] for s in shapes if s["name"] in stage["gain"]][-1] for stage in early]
-    gains = [stage["gain"][name] for stage, name in zip(early, largest, strict=True)]
-    told = "; ".join(
-        f"{stage['size']}, {name}: {shown(gain)}"
-        for stage, name, gain in zip(early, largest, gains, strict=True)
-    )
+    """Of the largest V that there is, if it is not the smallest."""
+    verdicts, told = [], []
+    for stage in early:
+        names = [shape["name"] for shape in shapes[1:] if shape["name"] in stage["gain"]]
+        if not names:
+            verdicts.append(Verdict.CANNOT_TELL)
+            told.append(f"{stage['size']}: no larger window")
+            continue
+        gain = stage["gain"][names[-1]]
+        verdicts.append(sign_verdict(gain["low"], gain["high"], claimed_positive=False))
+        told.append(f"{stage['size']}, {names[-1]}: {shown(gain)}")
     return Finding(
         claim="early, a large V falls below the raw model",
-        verdict=most([sign_verdict(g["low"], g["high"], claimed_positive=False) for g in gains]),
-        evidence=f"Gain over raw of {told}.",
+        verdict=most(verdicts),
+        evidence=f"Gain over raw of {'; '.join(told)}.",
     )
 
 

@@ -15,7 +15,7 @@ from pma.studies.lab import VALIDATION, Lab
 from pma.studies.making import Trunk
 from pma.studies.measuring import Measured
 from pma.studies.optimum import Values, optima_ratio, optimum
-from pma.studies.presets import Preset, Size
+from pma.studies.presets import DENSE, Preset, Size
 from pma.studies.seeds import shown
 from pma.studies.telling import Finding, Table, Told, most, sign_verdict
 from pma.studies.tuning import anneal, trunk, tuned
@@ -71,7 +71,8 @@ def run(lab: Lab) -> dict[str, Any]:
 
 
 def _rates(size: Size, preset: Preset) -> list[float]:
-    return sorted({*size.rates, *preset.extra_rates})
+    """Beyond the rates that a size is tuned over, dense models are trained at the extra ones."""
+    return sorted({*size.rates, *(preset.extra_rates if size.family == DENSE else ())})
 
 
 def _runs(lab: Lab, size: Size, rate: float) -> list[Trunk]:
