@@ -134,7 +134,6 @@ def test_schedules_of_the_paper() -> None:
     assert found[0] == (3e-3, 3e-3, "constant")
     assert found[1][:2] == pytest.approx((3e-3, 3e-4))
     assert found[2][:2] == pytest.approx((1e-3, 1e-4))
-    assert fig6.schedules(3e-3, "mixture") == fig6.schedules(3e-3)[1:2]
 
 
 def test_a_curve_is_means_over_stretches() -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
 
 from pma.studies import charts, seeds
 from pma.studies.lab import Lab
 from pma.studies.making import Trunk
 from pma.studies.measuring import Reading
-from pma.studies.presets import DENSE, MIXTURE, Size
+from pma.studies.presets import Size
 from pma.studies.seeds import shown
 from pma.studies.stages import (
     LAST,
@@ -28,40 +29,44 @@ from pma.studies.telling import Finding, Table, Told, Verdict, equal_verdict, mo
 from pma.studies.tuning import trunks, tuned
 
 VERSION = 1
+STRETCHES = 12
 PARITY = 0.01  # nats a token that count as equal
 STARTS = (LAST, MERGE)
 
 
-def schedules(rate: float, family: str = DENSE) -> list[Schedule]:
-    """The trunk's own rate, constant; a decay from it to a tenth; one from a third of it to a thirtieth. A
-    mixture, which takes longer, has the second alone.
-    """
-    decay = Schedule(name="from the trunk's rate", peak=rate, final=rate / 10)
-    if family == MIXTURE:
-        return [decay]
-    lower = Schedule(name="from a third of it", peak=rate / 3, final=rate / 30)
-    return [constant("constant", rate), decay, lower]
+def schedules(rate: float) -> list[Schedule]:
+    """The trunk's own rate, constant; a decay from it to a tenth; one from a third of it to a thirtieth."""
+    return [
+        constant("constant", rate),
+        Schedule(name="from the trunk's rate", peak=rate, final=rate / 10),
+        Schedule(name="from a third of it", peak=rate / 3, final=rate / 30),
+    ]
 
 
 def run(lab: Lab) -> dict[str, Any]:
-    """Stages on the other domain, of the middle size of each family."""
-    sizes = [lab.preset.size(name) for name in lab.preset.middle]
+    """Stages on the other domain, of the middle dense size."""
+    size = lab.preset.size(lab.preset.middle[0])
     return {
         "steps": lab.preset.stage_steps,
-        "tokens_a_step": sizes[0].recipe.tokens_a_step,
+        "tokens_a_step": size.recipe.tokens_a_step,
         "window": [lab.preset.last, lab.preset.every_steps, lab.preset.steps],
         "moments": moments(lab),
-        "sizes": [_of_size(lab, size) for size in sizes],
+        **_of_size(lab, size),
     }
 
 
 def _of_size(lab: Lab, size: Size) -> dict[str, Any]:
     rate = tuned(lab, (size,))[size.name].rate
+    other = lab.data.other_domain
+
+    def text(trunk: Trunk) -> StageText:
+        return StageText(trunk=trunk, text=other, instructions=False)
+
     runs = {
         (schedule.name, start): [
-            stage(lab, trunk, start, _text(lab, trunk), schedule) for trunk in trunks(lab, size).values()
+            stage(lab, trunk, start, text(trunk), schedule) for trunk in trunks(lab, size).values()
         ]
-        for schedule in schedules(rate, size.family)
+        for schedule in schedules(rate)
         for start in STARTS
     }
     lab.make([run for each in runs.values() for run in each])
@@ -80,22 +85,33 @@ def _of_size(lab: Lab, size: Size) -> dict[str, Any]:
         "schedules": [
             {
                 **schedule.to_json(),
-                "training": {start: _curves(lab, runs[schedule.name, start]) for start in STARTS},
+                "training": _training(lab, [runs[schedule.name, start] for start in STARTS]),
                 "points": [_point(lab, new, old, schedule.name, step) for step in steps],
             }
-            for schedule in schedules(rate, size.family)
+            for schedule in schedules(rate)
         ],
         "retuned": _retuned(lab, new, list(runs), steps[-1]),
     }
 
 
-def _text(lab: Lab, trunk: Trunk) -> StageText:
-    return StageText(trunk=trunk, text=lab.data.other_domain, instructions=False)
-
-
-def _curves(lab: Lab, runs: list[Stage]) -> list[list[dict[str, float]]]:
-    """The training loss over steps, by seed."""
-    return [curve(logged(lab, run, "loss")) for run in runs]
+def _training(lab: Lab, runs: list[list[Stage]]) -> dict[str, Any]:
+    """The training loss over steps, by start and seed; and by how much it is lower from the merge on the same
+    data, over each stretch of steps.
+    """
+    series = [[logged(lab, run, "loss") for run in several] for several in runs]
+    pairs = list(zip(*series, strict=True))
+    stretches = np.array_split(np.arange(len(pairs[0][0])), min(STRETCHES, len(pairs[0][0])))
+    return {
+        **{start: [curve(each) for each in several] for start, several in zip(STARTS, series, strict=True)},
+        "gain": [
+            {
+                "from": int(each[0]) + 1,
+                "to": int(each[-1]) + 1,
+                **seeds.series_gain([(a[each], b[each]) for a, b in pairs], 1).to_json(),
+            }
+            for each in stretches
+        ],
+    }
 
 
 Key = tuple[tuple[str, str], int, int]  # schedule and start, step, seed's number
@@ -148,28 +164,21 @@ def _retuned(lab: Lab, new: dict[Key, Reading], names: list[tuple[str, str]], en
     return {"best": best, "gain": seeds.loss_gain(both).to_json()}
 
 
-def _cases(results: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    for size in results["sizes"]:
-        for schedule in size["schedules"]:
-            yield size, schedule
-
-
 def tell(results: dict[str, Any]) -> Told:
     """The write-up."""
     moments_ = results["moments"]
     first, end = moments_[1], moments_[-1]
-    gains = [_by_step(schedule) for _, schedule in _cases(results)]
+    gains = [_by_step(schedule) for schedule in results["schedules"]]
     at_first, at_end = [gain[first] for gain in gains], [gain[end] for gain in gains]
-    several = [size for size in results["sizes"] if len(size["schedules"]) > 1]
     findings = [
         Finding(
             claim=f"from the merge the held-out loss is lower at first ({first} steps), by each schedule",
-            verdict=most([_sign(gain["loss"]) for gain in at_first]),
+            verdict=most([sign_verdict(g["loss"]["low"], g["loss"]["high"]) for g in at_first]),
             evidence=f"By {_range(at_first, 'loss')}.",
         ),
         Finding(
             claim="and the score is higher at first (cloze on the new domain)",
-            verdict=most([_sign(gain["cloze"]) for gain in at_first]),
+            verdict=most([sign_verdict(g["cloze"]["low"], g["cloze"]["high"]) for g in at_first]),
             evidence=f"By {_range(at_first, 'cloze')}.",
         ),
         Finding(
@@ -179,13 +188,13 @@ def tell(results: dict[str, Any]) -> Told:
         ),
         Finding(
             claim="the rate need not be tuned again: what is best from last is best from the merge",
-            verdict=most([_same_schedule(size["retuned"]) for size in several]),
-            evidence=" ".join(_best(size) for size in several),
+            verdict=_same_schedule(results["retuned"]),
+            evidence=_best(results["retuned"]),
         ),
     ]
     return Told(
         set_up=_set_up(results),
-        tables=[_table(results)],
+        tables=[_table(results), _training_table(results)],
         findings=findings,
         more="several seeds (`--seeds 3`), and a stage that is longer beside the trunk.",
     )
@@ -193,10 +202,6 @@ def tell(results: dict[str, Any]) -> Told:
 
 def _by_step(schedule: dict[str, Any]) -> dict[int, dict[str, Any]]:
     return {point["step"]: point["gain"] for point in schedule["points"]}
-
-
-def _sign(gain: dict[str, Any]) -> Verdict:
-    return sign_verdict(gain["low"], gain["high"])
 
 
 def _range(gains: list[dict[str, Any]], name: str) -> str:
@@ -212,48 +217,57 @@ def _same_schedule(retuned: dict[str, Any]) -> Verdict:
     return Verdict.DISAGREES if (gain["low"] or 0.0) > 0 else Verdict.CANNOT_TELL
 
 
-def _best(size: dict[str, Any]) -> str:
-    best, gain = size["retuned"]["best"], size["retuned"]["gain"]
+def _best(retuned: dict[str, Any]) -> str:
+    best = retuned["best"]
     if best[LAST] == best[MERGE]:
-        return f"{size['size']}: “{best[LAST]}” for both."
-    its_own = f"“{best[MERGE]}” from the merge, which gains {shown(gain)} by it"
-    return f"{size['size']}: “{best[LAST]}” from last, {its_own}."
+        return f"“{best[LAST]}” is for both."
+    its_own = f"“{best[MERGE]}” from the merge, which gains {shown(retuned['gain'])} by it"
+    return f"“{best[LAST]}” from last, {its_own}."
 
 
 def _set_up(results: dict[str, Any]) -> str:
     last, every, at = results["window"]
     tokens = results["steps"] * results["tokens_a_step"] / 1e3
     return (
-        f"Trunks of {at:,} steps at constant rate, then {results['steps']} steps ({tokens:.0f}K tokens) on "
-        "a domain that they have not seen (textbooks of mathematics; without `--data`, Python's "
+        f"{results['size']}, {at:,} steps at constant rate, then {results['steps']} steps ({tokens:.0f}K "
+        "tokens) on a domain that it has not seen (textbooks of mathematics; without `--data`, Python's "
         f"documentation), from the last checkpoint and from the mean of the last {last}, {every} steps "
         "apart: a fresh optimizer, the same data in the same order, three schedules: the trunk's tuned "
-        "rate, constant; cosine from it to a tenth; cosine from a third of it to a thirtieth (of the mixture "
-        "the second alone). Gains are held-out loss on the new domain from last less that from the merge, "
-        "nats a token, positive where the merge is better; 95% intervals over documents and seeds."
+        "rate, constant; cosine from it to a tenth; cosine from a third of it to a thirtieth. Gains are "
+        "held-out loss on the new domain from last less that from the merge, nats a token, positive where "
+        "the merge is better; 95% intervals over documents and seeds."
     )
 
 
 def _table(results: dict[str, Any]) -> Table:
-    moments_ = results["moments"]
-    shown_steps = [moments_[0], moments_[1], moments_[len(moments_) // 2], moments_[-1]]
     rows = []
-    for size, schedule in _cases(results):
-        by_step = _by_step(schedule)
-        end = schedule["points"][-1]
-        losses = " / ".join(f"{charts.mean_of(end[start], 'loss'):.3f}" for start in STARTS)
-        forgotten = " / ".join(_rise(schedule, start) for start in STARTS)
-        gains = [shown(by_step[step]["loss"]) for step in shown_steps]
+    for schedule in results["schedules"]:
+        by_step, end = _by_step(schedule), schedule["points"][-1]
+        rows.append(
+            [
+                f"{schedule['peak']:.2g} → {schedule['final']:.2g}",
+                *(shown(by_step[step]["loss"]) for step in results["moments"]),
+                " / ".join(f"{charts.mean_of(end[start], 'loss'):.3f}" for start in STARTS),
+                " / ".join(_rise(schedule, start) for start in STARTS),
+            ]
+        )
+    steps = (f"gain, step {step}" for step in results["moments"])
+    more = ("loss at the end, last / merge", "rise of the trunk's text's loss")
+    return Table(columns=["rate", *steps, *more], rows=rows)
+
+
+def _training_table(results: dict[str, Any]) -> Table:
+    """The first, second, middle and last stretch of training."""
+    count = len(results["schedules"][0]["training"]["gain"])
+    picked = sorted({0, min(1, count - 1), count // 2, count - 1})
+    rows, columns = [], ["rate"]
+    for schedule in results["schedules"]:
+        stretches = [schedule["training"]["gain"][i] for i in picked]
+        columns = ["rate", *(f"steps {each['from']} to {each['to']}" for each in stretches)]
         rates = f"{schedule['peak']:.2g} → {schedule['final']:.2g}"
-        rows.append([size["size"], rates, *gains, losses, forgotten])
-    return Table(
-        columns=[
-            *("model", "rate"),
-            *(f"gain, step {step}" for step in shown_steps),
-            *("loss at the end, last / merge", "rise of the old domain's loss"),
-        ],
-        rows=rows,
-    )
+        rows.append([rates, *(shown(each) for each in stretches)])
+    title = "Training loss from last less that from the merge, on the same batches (intervals over steps):"
+    return Table(columns=columns, rows=rows, title=title)
 
 
 def _rise(schedule: dict[str, Any], start: str) -> str:
@@ -267,9 +281,9 @@ def draw(results: dict[str, Any]) -> Any:
     domain over the stage's tokens.
     """
     points = []
-    for size, schedule in _cases(results):
+    for schedule in results["schedules"]:
         for start, model in ((LAST, "raw"), (MERGE, "merged")):
-            common = {"panel": f"{size['size']}, {schedule['name']}", "model": model}
+            common = {"panel": schedule["name"], "model": model}
             rows = [
                 ("training loss", entry["step"], entry["value"])
                 for curve_ in schedule["training"][start]

@@ -164,10 +164,9 @@ def begun(run: Stage) -> Measured:
 
 
 def moments(lab: Lab) -> list[int]:
-    """Steps of a stage at which its model is looked at: close together at first; 0 is its start."""
+    """Steps of a stage at which its model is looked at: its start, 0; soon after; a third of it; its end."""
     every, end = lab.preset.every_steps, lab.preset.stage_steps
-    wanted = (0, every, 2 * every, 4 * every, end // 3, 2 * end // 3, end)
-    return sorted({step // every * every for step in wanted if step <= end})
+    return sorted({step // every * every for step in (0, every, end // 3, end)})
 
 
 def at_moment(run: Stage, step: int) -> Measured:
