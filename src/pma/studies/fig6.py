@@ -135,15 +135,14 @@ def _point(
         "step": step,
         "gain": {"loss": seeds.loss_gain(both).to_json(), "cloze": seeds.cloze_gain(both).to_json()},
     }
-    for start, side in ((LAST, 0), (MERGE, 1)):
+    for side, start in enumerate(STARTS):
         told[start] = [{"loss": p[side].loss.value, "cloze": p[side].cloze_accuracy} for p in both]
     if ((name, LAST), step, 0) in old:
         both = pairs(old)
         told["gain"]["old_loss"] = seeds.loss_gain(both).to_json()
-        for start, side in ((LAST, 0), (MERGE, 1)):
-            told[start] = [
-                {**mine, "old_loss": p[side].loss.value} for mine, p in zip(told[start], both, strict=True)
-            ]
+        for side, start in enumerate(STARTS):
+            for mine, pair in zip(told[start], both, strict=True):
+                mine["old_loss"] = pair[side].loss.value
     return told
 
 
@@ -248,11 +247,11 @@ def _table(results: dict[str, Any]) -> Table:
                 f"{schedule['peak']:.2g} → {schedule['final']:.2g}",
                 *(shown(by_step[step]["loss"]) for step in results["moments"]),
                 " / ".join(f"{charts.mean_of(end[start], 'loss'):.3f}" for start in STARTS),
-                " / ".join(_rise(schedule, start) for start in STARTS),
+                " / ".join(_forgotten(schedule, start) for start in STARTS),
             ]
         )
     steps = (f"gain, step {step}" for step in results["moments"])
-    more = ("loss at the end, last / merge", "rise of the trunk's text's loss")
+    more = ("loss at the end, last / merge", "loss on the trunk's text, last / merge")
     return Table(columns=["rate", *steps, *more], rows=rows)
 
 
@@ -270,15 +269,15 @@ def _training_table(results: dict[str, Any]) -> Table:
     return Table(columns=columns, rows=rows, title=title)
 
 
-def _rise(schedule: dict[str, Any], start: str) -> str:
-    """Of the loss on the old domain, over the stage."""
+def _forgotten(schedule: dict[str, Any], start: str) -> str:
+    """The loss on the trunk's own text, before and after the stage."""
     before, after = (charts.mean_of(schedule["points"][i][start], "old_loss") for i in (0, -1))
-    return f"{after - before:+.3f}"
+    return f"{before:.2f} → {after:.2f}"
 
 
 def draw(results: dict[str, Any]) -> Any:
-    """A column for each schedule, as in the paper; rows: training loss, held-out loss and cloze of the new
-    domain over the stage's tokens.
+    """A column for each schedule, as in the paper; rows: training loss, by how much it is lower from the
+    merge, held-out loss and cloze of the new domain, over the stage's tokens.
     """
     points = []
     for schedule in results["schedules"]:
@@ -289,6 +288,12 @@ def draw(results: dict[str, Any]) -> Any:
                 for curve_ in schedule["training"][start]
                 for entry in curve_
             ]
+            if start == MERGE:
+                rows += [
+                    ("training loss lower by", (each["from"] + each["to"]) / 2, value)
+                    for each in schedule["training"]["gain"]
+                    for value in each["by_seed"]
+                ]
             for metric, title in (("loss", "held-out loss"), ("cloze", "cloze accuracy")):
                 for point in schedule["points"]:
                     rows += [(title, point["step"], value[metric]) for value in point[start]]
@@ -296,6 +301,4 @@ def draw(results: dict[str, Any]) -> Any:
                 {**common, "metric": title, "x": step * results["tokens_a_step"], "y": value}
                 for title, step, value in rows
             ]
-    return charts.panels(
-        points, x="tokens of the new domain, from the raw checkpoint or the merge", models=("raw", "merged")
-    )
+    return charts.panels(points, x="tokens of the new domain", models=("raw", "merged"))

@@ -185,6 +185,4 @@ def draw(results: dict[str, Any]) -> Any:
                     }
                     for entry in series
                 ]
-    return charts.panels(
-        points, x="steps of fine-tuning, from the raw checkpoint or the merge", models=("raw", "merged")
-    )
+    return charts.panels(points, x="steps of fine-tuning", models=("raw", "merged"))
