@@ -13,7 +13,6 @@ from pma.studies.lab import Lab
 from pma.studies.making import Trunk
 from pma.studies.measuring import Measured, Reading
 from pma.studies.presets import Preset
-from pma.studies.seeds import shown
 from pma.studies.telling import Finding, Table, Told, most, sign_verdict
 from pma.studies.tuning import trunks
 
@@ -152,7 +151,7 @@ def _ten(results: dict[str, Any]) -> Finding:
     fewest = {name: enough(models) for name, models in _rows(results)}
     counts = sorted({count for count in fewest.values() if count is not None})
     lacking = [name for name, count in fewest.items() if count is None]
-    evidence = f"From N = {', '.join(map(str, counts)) or 'none'} on they surely are, by window."
+    evidence = f"Snapshots surely are from N = {', '.join(map(str, counts)) or 'none'} on, by window."
     if lacking:
         evidence += f" At no N: {'; '.join(lacking)}."
     bounds = [(case["low"] - AS_GOOD, case["high"] - AS_GOOD) for case in cases]
@@ -223,8 +222,7 @@ def _middles(results: dict[str, Any]) -> list[str]:
     ]
     if pairs:
         listed = "; ".join(
-            f"{name} {shown(ends, 4)} at ends, {shown(middles, 4)} at middles"
-            for name, ends, middles in pairs
+            f"{name} {_cell(ends)} at ends, {_cell(middles)} at middles" for name, ends, middles in pairs
         )
         told.append(
             f"Two snapshots in the middles of their parts instead, above the mean over every step: {listed}."
