@@ -114,7 +114,7 @@ def _last(model: dict[str, Any], reference: str) -> dict[str, Any]:
 
 
 def _share(matrix: dict[str, Any]) -> str:
-    return f"{matrix['off_diagonal']['value'] / matrix['diagonal']['value']:+.2f}"
+    return f"{matrix['off_diagonal']['value'] / matrix['diagonal']['value']:+.2f}".replace("-", "−")
 
 
 def _each(models: list[dict[str, Any]], word: Callable[[dict[str, Any]], str]) -> str:
@@ -154,7 +154,7 @@ def _spectra(results: dict[str, Any]) -> str:
         f"{model['size']}: largest {_numbers(model['spectrum']['largest'])}, smallest "
         f"{_numbers(model['spectrum']['smallest'])}; ½ δᵀHδ of δ = last − merge is "
         f"{model['spectrum']['half_upward']:.4f} from directions that curve upwards, "
-        f"{model['spectrum']['half_downward']:.4f} from others"
+        f"−{-model['spectrum']['half_downward']:.4f} from others"
         for model in results["models"]
     ]
     return (
@@ -165,7 +165,7 @@ def _spectra(results: dict[str, Any]) -> str:
 
 
 def _numbers(values: list[float]) -> str:
-    return ", ".join(f"{value:.3g}" for value in values)
+    return ", ".join(f"{value:.3g}" for value in values).replace("-", "−")
 
 
 def draw(results: dict[str, Any]) -> Any:
