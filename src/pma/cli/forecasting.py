@@ -201,6 +201,7 @@ def _show(
     else:
         say(f"expected loss at step {end['step']}: {end['loss']:.4f}")
         say(f"  80%: {_range(end['interval80'])}   95%: {_range(end['interval95'])}")
+    if found.told and found.anneals:
         gain = f"{end['gain']:.4f} (95%: {_range(end['gain_interval95'])})"
         say(f"  at its peak rate throughout: {end['constant_loss']:.4f}; annealing gives {gain}")
     for why, _ in found.widened:

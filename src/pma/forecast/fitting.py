@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,7 @@ class Problem:
     coordinates: Coordinates
     gaps: tuple[Gaps, ...]
     log_loss_R: Floats
-    rows: tuple[int, ...] = field(default=())
+    rows: tuple[int, ...]
 
     def evaluated(self, theta_P: Floats) -> tuple[Floats, Floats]:
         """Log loss minus log law at all rows, and its derivatives by theta."""

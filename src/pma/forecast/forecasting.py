@@ -119,7 +119,7 @@ class Forecast:
     """Losses at `steps_R`, with intervals by level; `constant_R`: the same at the highest rate throughout.
 
     `widened`: why the law's own error was enlarged, and by which factor. `gain` of the last row: what the
-    schedule gives over the constant rate; `gain_error`: its standard error.
+    schedule gives over the constant rate, with its 95% interval; `anneals`: whether it leaves that rate.
     """
 
     steps_R: NDArray[np.int64]
@@ -130,10 +130,13 @@ class Forecast:
     widened: tuple[tuple[str, float], ...]
     gain: float
     gain_interval: tuple[float, float]
+    anneals: bool
 
     @property
     def told(self) -> bool:
         """Whether the last loss is known better than what annealing gives at all."""
+        if not self.anneals:
+            return True
         low, high = self.gain_interval
         return low > 0 and high - low < 2 * self.gain
 
@@ -163,7 +166,8 @@ def forecast(learned: Learned, schedule: Schedule, steps_R: NDArray[np.int64]) -
     second = learned.second
     values_P, _ = second.coordinates.values(second.theta_P)
     second_R = np.log(second.law.evaluate(values_P, compress(schedule, steps_R))[0])
-    widened = (*learned.widened, *_beyond(learned.shown, _shown(schedule, int(steps_R[-1]))))
+    asked = _shown(schedule, int(steps_R[-1]))
+    widened = (*learned.widened, *_beyond(learned.shown, asked))
     own, freedom = learned.law_error
     own *= float(np.prod([factor for _, factor in widened]))
     error_R = np.sqrt(draws_BR.var(axis=0) + own**2 + ((second_R - log_R) / 2) ** 2)
@@ -184,6 +188,7 @@ def forecast(learned: Learned, schedule: Schedule, steps_R: NDArray[np.int64]) -
         widened=widened,
         gain=float(end - np.exp(log_R[-1])),
         gain_interval=(float(end - high), float(end - low)),
+        anneals=asked.depth > 0.01,
     )
 
 

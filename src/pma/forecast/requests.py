@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pma.errors import UsageError
-from pma.forecast.curves import Curve
+from pma.forecast.curves import FEWEST_ROWS, Curve
 from pma.forecast.schedules import Schedule
 from pma.forecast.tables import Table, read_table
 
@@ -124,9 +124,8 @@ def _annealed(curve: Curve, anneal: Anneal, lengths: Sequence[float]) -> tuple[T
 
     def target(steps: int) -> Target:
         schedule = trunk.annealed(anneal.shape, steps, floor=anneal.floor)
-        shown = np.unique(np.linspace(max(run.warm_step, 1), start + steps, _MOST_SHOWN).astype(np.int64))
         name = f"{anneal.shape} over {steps} steps from step {start}"
-        return Target(name=name, schedule=schedule, steps_R=shown[shown > 0], decay_steps=steps)
+        return Target(name=name, schedule=schedule, steps_R=_shown(schedule), decay_steps=steps)
 
     return target(anneal.steps), [target(steps) for steps in counts]
 
@@ -139,14 +138,16 @@ def _given(path: Path | None, curve: Curve, warmup_steps: int | None) -> Target:
                 "what is to be forecast? Expected --anneal cosine --steps 4000, --target with a file of "
                 f"step,lr, or a --schedule that goes beyond the last loss (step {curve.steps_R[-1]})"
             )
-        shown = np.unique(
-            np.linspace(max(schedule.warm_step, 1), schedule.last_step, _MOST_SHOWN).astype(int)
-        )
-        return Target(name=f"the schedule of {curve.name}", schedule=schedule, steps_R=shown)
+        return Target(name=f"the schedule of {curve.name}", schedule=schedule, steps_R=_shown(schedule))
     table = read_table(path)
     schedule = table.schedule(warmup_steps)
-    if not table.losses:
-        steps_R = table.steps_N[table.steps_N > 0]
-        return Target(name=str(path), schedule=schedule, steps_R=steps_R)
+    if len(table.losses) < FEWEST_ROWS:
+        return Target(name=str(path), schedule=schedule, steps_R=_shown(schedule))
     known = table.curve(schedule)
     return Target(name=str(path), schedule=schedule, steps_R=known.steps_R, known_R=known.loss_R)
+
+
+def _shown(schedule: Schedule) -> NDArray[np.int64]:
+    """Steps at which a forecast is drawn: from the warmup's end to the last, evenly."""
+    every = np.linspace(max(schedule.warm_step, 1), schedule.last_step, _MOST_SHOWN)
+    return np.unique(every.astype(np.int64))
