@@ -13,6 +13,7 @@ import typer
 from pma import __version__
 from pma.cli import (
     evaluating,
+    forecasting,
     inspecting,
     merging,
     restarting,
@@ -42,6 +43,7 @@ merging.register(app)
 sweeping.register(app)
 evaluating.register(app)
 spikes.register(app)
+forecasting.register(app)
 training.register(app)
 restarting.register(app)
 watching.register(app)

@@ -120,6 +120,15 @@ def recognised(column_names: Iterable[str]) -> bool:
     )
 
 
+def quantity_named(column: str) -> Literal["step"] | Quantity | None:
+    """What a column of this name holds by the usual names; None where they do not tell."""
+    plain = _plain(column)
+    if plain in _STEP:
+        return "step"
+    found = _rank(plain)
+    return found[0] if found is not None else None
+
+
 def number(value: object) -> float | None:
     """A logged value as a float, NaN and infinities included; None where it is no number."""
     if isinstance(value, bool) or value is None:
