@@ -21,7 +21,7 @@ from pma.studies.tuning import trunks
 
 VERSION = 1
 TREATMENTS = ("newest", "second-moment", "average", "reset")
-CHECKPOINTS = 20  # of a continuation
+LOOKS, BETWEEN_LOOKS = 10, 2  # at a continuation; checkpoints from one look to the next
 PARITY = 0.01  # nats a token
 RAW, AT_END = "raw", "merged at the end"
 
@@ -41,7 +41,8 @@ class Course:
     @property
     def steps(self) -> list[int]:
         """Of the checkpoints that are compared."""
-        return list(range(self.start + self.every, self.until + 1, self.every))
+        between = BETWEEN_LOOKS * self.every
+        return list(range(self.start + between, self.until + 1, between))
 
     def resumed(self, treatment: str) -> Resumed:
         """What goes on from the merge."""
@@ -68,7 +69,7 @@ def run(lab: Lab) -> dict[str, Any]:
     """Each middle size: the run, and what goes on from its merge under each treatment."""
     preset = lab.preset
     start = preset.stages[1]
-    until = min(preset.steps, start + CHECKPOINTS * preset.every_steps)
+    until = min(preset.steps, start + LOOKS * BETWEEN_LOOKS * preset.every_steps)
     cases = {
         name: [
             Course(run=run, start=start, every=preset.every_steps, until=until, last=preset.last)
@@ -255,7 +256,7 @@ def _table(results: dict[str, Any]) -> Table:
                     shown(case["merged_advantage"], 4),
                 ]
             )
-    first = results["every_steps"]
+    first = results["sizes"][0]["steps"][0] - results["start"]
     starts = ", ".join(f"{s['size']} {shown(s['advantage_at_start'], 4)}" for s in results["sizes"])
     columns = ["size", "moments", f"after {first} steps", "mean", "at the end", "gone after steps (tokens)"]
     return Table(
