@@ -65,7 +65,7 @@ class Steady:
 
     def at(self, step: float) -> float:
         """The raw loss expected at a step, which need not be whole."""
-        return self.level + self.fall * step**-self.alpha
+        return float(self.level + self.fall * step**-self.alpha)
 
 
 @dataclass(frozen=True, kw_only=True)

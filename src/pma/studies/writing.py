@@ -86,7 +86,7 @@ def page(study: Study, result: dict[str, Any], told: Told) -> str:
     exploratory = " One seed: exploratory." if len(result["seeds"]) == 1 else ""
     parts = [
         f"# {study.title}",
-        f"**Claim** ({study.source}): {study.claim}.",
+        f"**Claim** ({study.source}): {_sentence(study.claim)}",
         f"**Set-up.** {told.set_up}{exploratory}",
         *(_table(table) for table in told.tables),
         f"![{study.title}]({FIGURE_FILE})",
@@ -100,6 +100,10 @@ def page(study: Study, result: dict[str, Any], told: Told) -> str:
         f"{_minutes(result['training_seconds'])} of one core. Raw numbers, versions: `result.json`.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n\n"
+
+
+def _sentence(claim: str) -> str:
+    return claim if claim.endswith("?") else f"{claim}."
 
 
 def _table(table: Table) -> str:
