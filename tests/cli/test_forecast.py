@@ -1,5 +1,6 @@
 """`pma forecast`: what it prints, its JSON, how files go together, and one paragraph for bad input."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from pma import forecast as pma_forecast
 from pma.cli import app
 
 PEAK = 3e-4
@@ -38,6 +40,12 @@ def losses(steps: np.ndarray, drop_at: int) -> np.ndarray:
     after = np.maximum(steps - drop_at, 0)
     noise = 3e-4 * np.random.default_rng(drop_at).standard_normal(len(steps))
     return 3 + 8 * steps**-0.5 - 0.08 * (1 - 1 / (1 + after / 100)) + noise
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intervals need not be good here, only there."""
+    monkeypatch.setattr(pma_forecast, "learn", functools.partial(pma_forecast.learn, draws=8))
 
 
 @pytest.fixture

@@ -207,7 +207,7 @@ def _show(
     for why, _ in found.widened:
         note(f"{why}. The intervals are widened for it")
     if not learned.held:
-        note("no curve, nor a curve's end, could be left out to test the law: the intervals are guessed wide")
+        note("no curve could be left out to test the law: its own error is taken from other runs")
     known = _against_known(target, found)
     if known is not None:
         mean, last = known["mean_absolute_error"], known["end_error"]
