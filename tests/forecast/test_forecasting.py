@@ -39,9 +39,11 @@ def test_going_beyond_what_the_curves_show_is_said_and_widens(learned: Learned) 
         learned, Schedule(rates_T=warmed(constant(3000), line(12_000, 0.0))), np.array([15_099])
     )
     assert within.widened == ()
-    assert ["a decay" in longer.widened[0][0], "a fall" in longer.widened[1][0]] == [True, True]
-    assert "a decay 4 times as long" in longer.widened[0][0]
-    assert longer.widened[0][1] == pytest.approx(2.0, rel=0.01)
+    total, decay, fall = longer.widened
+    assert "a sum of rates 1.14 times" in total[0]
+    assert "a decay 4.05 times as long" in decay[0]
+    assert decay[1] == pytest.approx(2.0, rel=0.01)
+    assert "a fall of the rate 1.25 times as deep" in fall[0]
     assert longer.error_R[0] > 1.5 * within.error_R[0]
     further = forecast(
         learned, Schedule(rates_T=warmed(constant(40_000), line(1000, 0.2))), np.array([41_099])
@@ -52,7 +54,7 @@ def test_going_beyond_what_the_curves_show_is_said_and_widens(learned: Learned) 
 def test_one_phase_alone_is_said_and_widens() -> None:
     alone = learn([curve("cosine", COSINE, seed=2)], draws=8)
     found = forecast(alone, Schedule(rates_T=warmed(constant(3000), line(2500, 0.2))), np.array([5599]))
-    ((why, factor),) = found.widened
+    why, factor = found.widened[0]
     assert "no curve has a fifth of its losses at its peak rate" in why
     assert factor == 2.0
     assert found.error_R[0] > 0.004
