@@ -256,7 +256,7 @@ def _toy() -> Preset:
         stages=(8, 16, 24),
         stage_steps=6,
         extra_rates=(1.6e-2,),
-        characters_a_document=400,
+        characters_a_document=640,
         corpus="corpus_small.txt.xz",
         tasks=("blimp",),
         task_items=8,
