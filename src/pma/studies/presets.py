@@ -157,7 +157,7 @@ def _cpu() -> Preset:
         last=10,
         stages=(1_000, 2_000, 3_000),
         stage_steps=600,
-        extra_rates=(5e-4, 1.6e-2),
+        extra_rates=(1.6e-2,),
         characters_a_document=4_000,
         corpus="corpus_small.txt.xz",
         tasks=("blimp",),
