@@ -85,8 +85,7 @@ STUDIES = (
         title="A collapse, and going on from the merge before it",
         source=f"{PAPER}, Fig. 7 right",
         claim="a run that collapsed at an exceptionally high rate passes the place when resumed from the "
-        "merge "
-        "of the 3 checkpoints before, and returns to its trajectory",
+        "merge of the 3 checkpoints before, and returns to its trajectory",
         seeds=12,
         first_seed=10,  # the setting was found with those before
     ),
@@ -108,8 +107,7 @@ STUDIES = (
         title="Why merging works: curvature around the merge",
         source=f"{PAPER}, Sec. 4.6",
         claim="the deviations of checkpoints from the optimum complement each other under the Hessian, so "
-        "that the "
-        "loss of their mean is below the mean of their losses",
+        "that the loss of their mean is below the mean of their losses",
     ),
     Study(
         name="lr",

@@ -11,7 +11,7 @@ from pma.studies.making import Trunk
 from pma.studies.measuring import Measured
 from pma.studies.presets import Preset
 from pma.studies.seeds import shown
-from pma.studies.telling import Finding, Table, Told, Verdict, equal_verdict, most, sign_verdict
+from pma.studies.telling import Finding, Table, Told, most, share_verdict, sign_verdict
 from pma.studies.tuning import trunks
 
 VERSION = 1
@@ -145,10 +145,7 @@ def _vanish(late: list[dict[str, Any]]) -> Finding:
     verdicts, told = [], []
     for stage in late:
         for name in OF_THE_PAPER[1:]:
-            share = stage["share_over_sma"][name]
-            verdicts.append(
-                Verdict.CANNOT_TELL if share is None else equal_verdict(share["low"], share["high"], MARGIN)
-            )
+            verdicts.append(share_verdict(stage["share_over_sma"][name], MARGIN))
             told.append(f"{stage['size']}, {name} {shown(stage['over_sma'][name], 4)}")
     return Finding(
         claim=f"late, the differences vanish (each within {MARGIN:.0%} of SMA's gain from SMA)",

@@ -13,7 +13,7 @@ from pma.studies.making import Trunk
 from pma.studies.measuring import Measured
 from pma.studies.presets import Preset
 from pma.studies.seeds import shown
-from pma.studies.telling import Finding, Table, Told, Verdict, equal_verdict, most, sign_verdict
+from pma.studies.telling import Finding, Table, Told, Verdict, most, share_verdict, sign_verdict
 from pma.studies.tuning import trunks
 
 VERSION = 1
@@ -204,10 +204,7 @@ def _interval_hardly_matters(late: list[dict[str, Any]], varied: str) -> Finding
     verdicts, told = [], []
     for stage in late:
         for other in stage["over_smallest"][varied]:
-            share = other["share"]
-            verdicts.append(
-                Verdict.CANNOT_TELL if share is None else equal_verdict(share["low"], share["high"], MARGIN)
-            )
+            verdicts.append(share_verdict(other["share"], MARGIN))
             told.append(f"{stage['size']}, {other['window']}: {shown(other['gain'])}")
     return Finding(
         claim=f"late, V hardly matters (within {MARGIN:.0%} of the smallest V's gain)",

@@ -47,6 +47,11 @@ def tell(results: dict[str, Any]) -> Told:
     )
 
 
+def _minus(value: float) -> str:
+    """Corrected by the jackknife, a distance near zero can fall below it."""
+    return f"{value:.2f}".replace("-", "−")
+
+
 def _nearer(models: list[dict[str, Any]], name: str, words: str) -> Finding:
     found = [model[name]["nearer"] for model in models]
     verdicts = [
@@ -58,7 +63,7 @@ def _nearer(models: list[dict[str, Any]], name: str, words: str) -> Finding:
     said = [
         f"{model['size']}: the minimum is outside what was drawn"
         if each is None
-        else f"{model['size']}: {each['merge']['value']:.2f} from it, the nearest checkpoint "
+        else f"{model['size']}: {_minus(each['merge']['value'])} from it, the nearest checkpoint "
         f"{each['nearest']['value']:.2f}, difference {shown(each['than_nearest'], 2)}"
         for model, each in zip(models, found, strict=True)
     ]

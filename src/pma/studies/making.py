@@ -6,6 +6,7 @@ import fcntl
 import json
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ OPTIMIZER_FILE = "optimizer.pt"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Made:
+class Made(ABC):
     """Something that takes long to make and is kept. Equal descriptions are made once."""
 
     kind: ClassVar[str] = ""
@@ -33,17 +34,17 @@ class Made:
         """What it is, for people."""
         return self.kind
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """All that decides it, as plain values."""
-        raise NotImplementedError
 
     def needs(self) -> Sequence[Made]:
         """What must be there before it is made."""
         return ()
 
+    @abstractmethod
     def make(self, folder: Path, home: Path) -> None:
         """Make it in `folder`, going on where an earlier attempt stopped; what it needs lies in `home`."""
-        raise NotImplementedError
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Made) and (self.kind, self.describe()) == (other.kind, other.describe())

@@ -110,8 +110,7 @@ def tell(results: dict[str, Any], kind: str) -> Told:
         tables=[_table(results, scores), _tuning(results)],
         findings=findings,
         more="models that do more than chance on tasks such as HellaSwag and ARC, which take tens of "
-        "millions of "
-        "parameters (preset `gpu`).",
+        "millions of parameters (preset `gpu`).",
     )
 
 

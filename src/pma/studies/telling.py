@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -73,6 +73,11 @@ def equal_verdict(low: float | None, high: float | None, margin: float) -> Verdi
     if -margin < low and high < margin:
         return Verdict.AGREES
     return Verdict.DISAGREES if high < -margin or low > margin else Verdict.CANNOT_TELL
+
+
+def share_verdict(share: Mapping[str, float] | None, margin: float) -> Verdict:
+    """`equal_verdict` of an interval that is undefined where there is nothing to have a share of."""
+    return Verdict.CANNOT_TELL if share is None else equal_verdict(share["low"], share["high"], margin)
 
 
 def not_below_verdict(low: float | None, high: float | None, margin: float) -> Verdict:
