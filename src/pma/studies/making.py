@@ -109,9 +109,7 @@ class Trunk(Run):
         run_folder.borrow_text(folder, self.needs()[0].folder(home))
         pretrain(self.recipe, folder, text=self.text.names, progress=stopping)
         if self.resumable_steps is not None:
-            for checkpoint in folder.glob("checkpoint-*"):
-                if int(checkpoint.name.removeprefix("checkpoint-")) not in self.resumable_steps:
-                    (checkpoint / OPTIMIZER_FILE).unlink(missing_ok=True)
+            _drop_optimizers(folder, but=self.resumable_steps)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -141,6 +139,7 @@ class Anneal(Run):
         tokens = self.steps * self.trunk.recipe.tokens_a_step
         start = self.trunk.checkpoint(home, self.step)
         fork(start, folder, anneal=self.shape, tokens=tokens, progress=stopping)
+        _drop_optimizers(folder)  # nothing goes on from the middle of a decay
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -189,6 +188,13 @@ class Resumed(Run):
         assert isinstance(trunk, Trunk)
         tokens = self.until * trunk.recipe.tokens_a_step
         resume(self.start.folder(home), folder, tokens=tokens, progress=stopping)
+
+
+def _drop_optimizers(folder: Path, but: Sequence[int] = ()) -> None:
+    """Two thirds of a checkpoint, of which only those of the steps `but` are gone on from."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if int(checkpoint.name.removeprefix("checkpoint-")) not in but:
+            (checkpoint / OPTIMIZER_FILE).unlink(missing_ok=True)
 
 
 def checkpoints(run: Run, home: Path, last: int, every: int, at: int) -> list[Path]:
