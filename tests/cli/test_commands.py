@@ -349,8 +349,8 @@ FLAGS = {
     "--tasks --text --use --weights",
     "report": "--json --out",
     "spikes": "--grad-norm-name --json --last --log --loss-name --pattern --step-name",
-    "forecast": "--anneal --batch --curve --floor --from --json --law --out --schedule --seed --steps "
-    "--target --tokens --warmup",
+    "forecast": "--anneal --annealed --batch --calibration --context --curve --floor --from --json --law "
+    "--out --probe --schedule --seed --steps --store --target --text --tokens --warmup",
     "pretrain": "--anneal --checkpoint-every --epochs --final-learning-rate --fork-from --instructions "
     "--json --learning-rate --no-interval-means --out --resume-from --schedule --seed --skip-steps "
     "--skip-tokens --start-from --text --tokens --warmup-steps",

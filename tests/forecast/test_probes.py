@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -5,12 +7,11 @@ from pma.averaging.decay import DECAYS
 from pma.errors import InputError
 from pma.forecast.probes import (
     RATES_J,
-    Merge,
+    Probe,
     annealed_loss,
     kept_by_decay,
     kept_by_merge,
-    probe,
-    steady_loss,
+    spread_of,
 )
 
 from .toy import Toy, power_law_toy
@@ -30,14 +31,18 @@ def decay(shape: str, steps: int) -> np.ndarray:
     return np.array([DECAYS[shape](i / steps) for i in range(1, steps + 1)])
 
 
-def merges(toy: Toy, windows: tuple[int, ...] = (100, 300, 1000, 3000, 6000)) -> list[Merge]:
-    """Of ten checkpoints each, ending at two steps, with an evaluation's noise."""
-    random, weights, made = np.random.default_rng(0), np.full(10, 0.1), []
+def probes(toy: Toy, windows: tuple[int, ...] = (100, 300, 1000, 3000, 6000), seed: int = 0) -> list[Probe]:
+    """Merges of ten checkpoints ending at two steps, and raw ones, each with an evaluation's noise."""
+    random, weights = np.random.default_rng(seed), np.full(10, 0.1)
+    made = []
     for window in windows:
         for end in (END - 2000, END):
             steps = np.linspace(end - window, end, 10).astype(int).tolist()
             loss = toy.merged(steps, weights) + ERROR * random.standard_normal()
-            made.append(Merge(steps=tuple(steps), weights=tuple(weights), loss=loss, error=ERROR))
+            made.append(Probe(steps=tuple(steps), weights=tuple(weights), loss=loss, error=ERROR))
+    for step in range(2000, END + 1, 500):
+        loss = toy.raw(step) + ERROR * random.standard_normal()
+        made.append(Probe(steps=(step,), weights=(1.0,), loss=loss, error=ERROR))
     return made
 
 
@@ -76,14 +81,12 @@ def test_what_one_checkpoint_or_no_decay_keeps_is_all() -> None:
 @pytest.mark.parametrize("toy", TOYS.values(), ids=TOYS)
 def test_merges_forecast_every_decay_of_the_toy(toy: Toy) -> None:
     """Of any shape, up to longer than the longest window; far better than the best of the merges itself."""
-    raw_steps = list(range(2000, END + 1, 500))
-    steady = steady_loss(raw_steps, [toy.raw(step) for step in raw_steps])
-    probed = probe(steady, merges(toy))
+    spread = spread_of(probes(toy), END)
     errors, last, as_merged = [], [], []
     for shape in DECAYS:
         for steps in (1000, 4000, 8000):
             truth = toy.annealed(END, decay(shape, steps))
-            expected, error = annealed_loss(probed, END, decay(shape, steps))
+            expected, error = annealed_loss(spread, decay(shape, steps))
             errors.append(abs(expected - truth))
             assert errors[-1] < max(4 * error, 1e-3), (shape, steps)
             last.append(abs(toy.raw(END) - truth))
@@ -94,27 +97,25 @@ def test_merges_forecast_every_decay_of_the_toy(toy: Toy) -> None:
     assert np.mean(errors) < 0.03 * np.mean(last)
 
 
+def test_a_given_exponent_is_kept() -> None:
+    spread = spread_of(probes(TOYS["low rate"]), END, alphas=(0.5,), draws=3)
+    assert spread.alpha == 0.5
+    assert spread.unknowns_BU.shape == (3, len(spread.unknowns_U))
+    assert spread.drift_loss(END) == pytest.approx(TOYS["low rate"].raw(END), abs=1e-3)
+
+
 def test_short_windows_leave_long_decays_open() -> None:
     toy = TOYS["noise in flat ones"]
-    raw_steps = list(range(2000, END + 1, 500))
-    steady = steady_loss(raw_steps, [toy.raw(step) for step in raw_steps])
-    long, short = probe(steady, merges(toy)), probe(steady, merges(toy, (50, 100, 200)))
+    long, short = spread_of(probes(toy), END), spread_of(probes(toy, (50, 100, 200)), END)
     shares = decay("linear", 4000)
     assert short.longest_window == 200
-    assert annealed_loss(short, END, shares)[1] > 3 * annealed_loss(long, END, shares)[1]
+    assert annealed_loss(short, shares)[1] > 2 * annealed_loss(long, shares)[1]
 
 
 def test_too_little_is_refused() -> None:
     toy = TOYS["as it is"]
-    with pytest.raises(InputError, match="5 raw losses at the constant rate; expected at least 6"):
-        steady_loss(range(1, 6), [3.0] * 5)
-    steady = steady_loss(range(100, 1000, 100), [toy.raw(step) for step in range(100, 1000, 100)])
     with pytest.raises(InputError, match="merges over 2 windows of different length"):
-        probe(steady, merges(toy, (100, 300)))
-
-
-def test_a_power_law_is_found_again() -> None:
-    steps = np.arange(1000, 20_000, 1000)
-    found = steady_loss(steps, 2.5 + 9 * steps**-0.475)
-    assert (found.level, found.alpha) == pytest.approx((2.5, 0.475), abs=1e-2)
-    assert found.at(30_000) == pytest.approx(2.5 + 9 * 30_000**-0.475, abs=1e-3)
+        spread_of(probes(toy, (100, 300)), END)
+    worse = [replace(p, loss=p.loss + (len(p.steps) > 1)) for p in probes(toy)]
+    with pytest.raises(InputError, match="no merge is better than the raw checkpoint that it ends with"):
+        spread_of(worse, END)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pma.cli import options as flags
+from pma.cli.outlooks import Asked, forecast_run
 from pma.cli.output import command, note, say, table
 from pma.errors import UsageError, printable
 from pma.quantities import parse_tokens
+from pma.remote import location
 
 if TYPE_CHECKING:
     from pma.forecast import Forecast, Learned, Request, Target
@@ -19,22 +21,28 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add this command to `app`."""
-    app.command("forecast", short_help="What annealing would give, with an interval, from loss curves.")(
-        command(forecast)
-    )
+    app.command(
+        "forecast", short_help="What annealing would give, with an interval: from merges, or loss curves."
+    )(command(forecast))
 
 
 def forecast(
+    run: Annotated[
+        Path | None,
+        typer.Argument(
+            parser=location, metavar="RUN", help="The run, whose merges are evaluated.", show_default=False
+        ),
+    ] = None,
     curve: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Option(
             "--curve",
             metavar="FILE",
-            help="Losses: CSV step,lr,loss or step,loss; a log; a run. Several are fitted together; the "
+            help="Or losses: CSV step,lr,loss or step,loss; a log; a run. Several are fitted together; the "
             "first is the run to be annealed.",
             show_default=False,
         ),
-    ],
+    ] = None,
     schedule: Annotated[
         list[Path] | None,
         typer.Option(
@@ -62,17 +70,41 @@ def forecast(
         int | None, typer.Option("--warmup", min=0, help="Steps of a linear warmup that the files leave out.")
     ] = None,
     law: Annotated[str, typer.Option("--law", help="multi-power or tissue.")] = "multi-power",
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", help="Of a RUN: held-out text; what the run held out by default."),
+    ] = None,
+    annealed: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--annealed",
+            metavar="FOLDER",
+            help="Of a RUN: a decay of it that was carried out, to learn from.",
+        ),
+    ] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Of a RUN: carry out a short decay first (5%), and learn from it.")
+    ] = False,
+    calibration: Annotated[
+        str, typer.Option("--calibration", metavar="NAME|FILE", help="Of a RUN: what forecasts were off by.")
+    ] = "nano",
+    store: Annotated[
+        Path | None, typer.Option("--store", metavar="FILE", help="Of a RUN: results; RUN/.pma by default.")
+    ] = None,
+    context: flags.Context = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of starting points and draws.")] = 0,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE", help="A chart, .png or .html.")
     ] = None,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
-    """The loss that a schedule would give, with an 80% and a 95% interval, by a law of annealing fitted to
-    loss curves.
+    """The loss that annealing would give, with an 80% and a 95% interval: of a run from the losses of its
+    merges, calibrated on runs that were annealed; or by a law of annealing fitted to loss curves.
 
     Curves at a constant rate alone do not say what annealing gives: one of them must be annealed, or have a
-    drop of the rate.
+    drop of the rate. Merges of the run do say it, and its own decays (--annealed, --probe) say it better.
+
+    Example: pma forecast run --anneal cosine --tokens 250M
 
     Example: pma forecast --curve stable.csv --curve probe.csv --anneal cosine --steps 4000 -o forecast.png
 
@@ -80,10 +112,33 @@ def forecast(
     """
     from pma.forecast import LAWS, Anneal, forecast_of, learn, request
 
-    if law not in LAWS:
-        raise UsageError(f"--law {law!r} is not known; there are {', '.join(LAWS)}")
     if out is not None and out.suffix not in (".png", ".html"):
         raise UsageError(f"-o {out} has another ending than .png or .html; expected one of them")
+    _check_mode(
+        run,
+        {"--curve": curve, "--schedule": schedule, "--target": target, "--warmup": warmup},
+        {"--text": text, "--annealed": annealed, "--probe": probe, "--store": store, "--context": context},
+    )
+    if run is not None:
+        asked_run = Asked(
+            run=run,
+            text=text or (),
+            anneal=anneal or "",
+            steps=steps,
+            tokens=tokens,
+            batch=batch,
+            from_step=from_step,
+            floor=floor,
+            annealed=annealed or (),
+            probe=probe,
+            calibration=calibration,
+            store=store,
+            context=context,
+            seed=seed,
+        )
+        return forecast_run(asked_run, out, as_json=json_output)
+    if law not in LAWS:
+        raise UsageError(f"--law {law!r} is not known; there are {', '.join(LAWS)}")
     asked = None
     if anneal is not None:
         length = _length(steps, tokens, batch)
@@ -92,7 +147,7 @@ def forecast(
         raise UsageError(
             "--steps, --tokens, --from and --floor describe a decay; give its shape with --anneal"
         )
-    wanted = request(curve, schedule or [], target_path=target, anneal=asked, warmup_steps=warmup)
+    wanted = request(curve or [], schedule or [], target_path=target, anneal=asked, warmup_steps=warmup)
     learned = learn(wanted.curves, law=LAWS[law], seed=seed)
     found = forecast_of(learned, wanted.target)
     by_length = [(each, forecast_of(learned, each)) for each in wanted.lengths]
@@ -104,6 +159,15 @@ def forecast(
         if not json_output:
             say(f"\nChart: {out}")
     return {**result, "chart": str(out) if out is not None else None}
+
+
+def _check_mode(run: Path | None, of_curves: dict[str, Any], of_runs: dict[str, Any]) -> None:
+    """A forecast is from logs or of a run; each has flags of its own."""
+    wrong = [flag for flag, value in (of_curves if run is not None else of_runs).items() if value]
+    if wrong and run is not None:
+        raise UsageError(f"{', '.join(wrong)}: for forecasts from logs, without a RUN ({run})")
+    if wrong:
+        raise UsageError(f"{', '.join(wrong)}: for the forecast of a RUN, of which there is none")
 
 
 def _length(steps: int | None, tokens: str | None, batch: str | None) -> int:

@@ -6,13 +6,14 @@ lie, Σ_ab w_a w_b ρ_j^|t_a - t_b| with ρ = 1 - r; a decay f keeps another, th
     v_t = (1 - r f_t)² v_(t-1) + f_t² (1 - ρ²),  v_0 = 1.
 So merges over several windows tell how h is spread over the rates, and the spread tells what any decay gives.
 (The multi-power law's response 1 - (1 + C S)^-β is that of a gamma distribution of rates.) Both also move the
-drift: a merge to the mean of its checkpoints' steps, a decay by Σ f further.
+drift: a merge to the mean of its checkpoints' steps, a decay by Σ f further. Where the drift stands, the loss
+is level + fall · step^-α. A raw checkpoint is a merge of one.
 
 It is exact for a quadratic loss with noise as large as it gets. Real losses are not quadratic: there the
-forecast wants a calibration over runs whose decays are known.
+forecast is calibrated over runs whose decays are known (`pma.forecast.calibration`).
 """
 
-# M merges, N checkpoints of a merge, J rates of forgetting, T steps of a decay, B draws
+# M models, N checkpoints of one, J rates of forgetting, T steps of a decay, B draws, U = 2 + J unknowns
 
 from __future__ import annotations
 
@@ -30,71 +31,55 @@ Floats = NDArray[np.float64]
 
 #: rates of forgetting a step: from directions that forget at once to those that never do in a run
 RATES_J = np.logspace(-6, -0.05, 60)
-_ALPHAS = np.linspace(0.05, 2.0, 79)
+#: exponents of the drift's loss that are tried where none is known
+ALPHAS = tuple(float(alpha) for alpha in np.linspace(0.1, 1.5, 29))
 FEWEST_WINDOWS = 3
-_FEWEST_RAW = 6
-# the prior of h: second differences over the logarithm of the rate, in shares of the largest gain
-_ROUGHNESS = 0.02
 DRAWS = 40
+# All in shares of what the best merge gains over the raw checkpoint that it ends with. The prior of h: second
+# differences over the logarithm of the rate.
+_ROUGHNESS = 0.02
+# what the model misses of a merge, and of a raw checkpoint, which is one draw of the noise and no mean
+_MERGE_MISFIT, _RAW_SCATTER = 0.02, 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Merge:
-    """The held-out `loss` of a merge of checkpoints at `steps` with `weights`, and its `error`: one standard
-    error of its difference to the raw loss, paired over documents.
+class Probe:
+    """The held-out `loss` of the average of checkpoints at `steps` with `weights`; of one, the raw
+    checkpoint. `error`: one standard error of its difference to the others, paired over documents.
     """
 
     steps: tuple[int, ...]
     weights: tuple[float, ...]
     loss: float
-    error: float
+    error: float = 0.0
 
     @property
     def mean_step(self) -> float:
-        """Where the drift of the merge stands."""
+        """Where its drift stands."""
         return float(np.dot(self.steps, self.weights))
 
+    @property
+    def window_steps(self) -> int:
+        """From its oldest checkpoint to its newest."""
+        return self.steps[-1] - self.steps[0]
+
 
 @dataclass(frozen=True, kw_only=True)
-class Steady:
-    """Raw held-out loss at the constant rate: `level` + `fall` · step^-`alpha`."""
+class Spread:
+    """How noise is spread over rates of forgetting, and what the drift's loss is: `unknowns_U` are level,
+    fall (at `from_step`) and h_J; `unknowns_BU` are draws of it. `longest_window`: in steps.
+    """
 
-    level: float
-    fall: float
+    from_step: int
     alpha: float
-
-    def at(self, step: float) -> float:
-        """The raw loss expected at a step, which need not be whole."""
-        return float(self.level + self.fall * step**-self.alpha)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Probed:
-    """How noise is spread over rates of forgetting, `h_J`, draws of it, `h_BJ`, and the longest window."""
-
-    steady: Steady
-    h_J: Floats
-    h_BJ: Floats
+    unknowns_U: Floats
+    unknowns_BU: Floats
     longest_window: int
 
-
-def steady_loss(steps: ArrayLike, losses: ArrayLike) -> Steady:
-    """The power law through raw losses of the constant-rate part. Raises InputError for fewer than six."""
-    steps_R, loss_R = np.asarray(steps, dtype=np.float64), np.asarray(losses, dtype=np.float64)
-    if len(steps_R) < _FEWEST_RAW:
-        raise InputError(
-            f"{len(steps_R)} raw losses at the constant rate; expected at least {_FEWEST_RAW}, to tell "
-            "how it falls"
-        )
-    best: tuple[float, Steady] | None = None
-    for alpha in _ALPHAS:
-        columns = np.column_stack((np.ones_like(steps_R), steps_R**-alpha))
-        solution, *_ = np.linalg.lstsq(columns, loss_R, rcond=None)
-        cost = float(np.square(columns @ solution - loss_R).sum())
-        if best is None or cost < best[0]:
-            best = (cost, Steady(level=float(solution[0]), fall=float(solution[1]), alpha=float(alpha)))
-    assert best is not None
-    return best[1]
+    def drift_loss(self, step: float) -> float:
+        """The loss without noise where the drift stands at `step`, which need not be whole."""
+        level, fall = self.unknowns_U[:2]
+        return float(level + fall * (step / self.from_step) ** -self.alpha)
 
 
 def kept_by_merge(steps: ArrayLike, weights: ArrayLike) -> Floats:
@@ -111,45 +96,85 @@ def kept_by_decay(shares_T: ArrayLike) -> Floats:
     return kept
 
 
-def probe(steady: Steady, merges: Sequence[Merge], *, seed: int = 0, draws: int = DRAWS) -> Probed:
-    """The spread of the noise that explains what `merges` gained over the raw loss at their mean step.
+def merge_gain(probes: Sequence[Probe]) -> float:
+    """What the best merge gains over the raw checkpoint that it ends with, in nats: the scale of everything.
 
-    It is not negative, and smooth over the logarithm of the rate as far as the merges leave it open; draws
-    are refits to merges with other evaluation noise and another roughness. Raises InputError for fewer than
-    three windows of different length.
+    Raises InputError where no raw checkpoint ends a merge, or no merge is better.
     """
-    optimize = require_scipy()
-    windows = {merge.steps[-1] - merge.steps[0] for merge in merges}
-    if len(windows - {0}) < FEWEST_WINDOWS:
+    raw = {probe.steps[-1]: probe.loss for probe in probes if len(probe.steps) == 1}
+    gains = [raw[p.steps[-1]] - p.loss for p in probes if len(p.steps) > 1 and p.steps[-1] in raw]
+    if not gains or max(gains) <= 0:
         raise InputError(
-            f"merges over {len(windows - {0})} windows of different length; expected at least "
-            f"{FEWEST_WINDOWS}, from short to long: one does not tell fast noise from slow"
+            "no merge is better than the raw checkpoint that it ends with, so merges do not show what "
+            "annealing gives; the learning rate may be low already, or the checkpoints too few"
         )
-    gain_M = np.array([steady.at(merge.mean_step) - merge.loss for merge in merges])
-    error_M = np.maximum([merge.error for merge in merges], 1e-6)
-    removed_MJ = np.array([1 - kept_by_merge(merge.steps, merge.weights) for merge in merges])
-    smooth = np.diff(np.eye(len(RATES_J)), n=2, axis=0) / (_ROUGHNESS * max(float(gain_M.max()), 1e-6))
-    left = np.vstack((removed_MJ / error_M[:, None], smooth))
-    random = np.random.default_rng([seed, 2])
+    return max(gains)
 
-    def solved(gains: Floats, rough: Floats) -> Floats:
-        found: Floats = optimize.nnls(left, np.append(gains / error_M, rough), maxiter=50 * len(RATES_J))[0]
-        return found
+
+def spread_of(
+    probes: Sequence[Probe],
+    from_step: int,
+    *,
+    alphas: Sequence[float] = ALPHAS,
+    seed: int = 0,
+    draws: int = DRAWS,
+) -> Spread:
+    """The spread of the noise, and the drift, that explain the losses of `probes`, for a decay from
+    `from_step`; with the exponent of `alphas` that fits best.
+
+    h is not negative, and smooth over the logarithm of the rate as far as the merges leave it open; draws are
+    refits to models with other noise and another roughness. Raises InputError for fewer than three windows of
+    different length.
+    """
+    windows = {probe.window_steps for probe in probes} - {0}
+    if len(windows) < FEWEST_WINDOWS:
+        raise InputError(
+            f"merges over {len(windows)} windows of different length; expected at least {FEWEST_WINDOWS}, "
+            "from short to long: one does not tell fast noise from slow"
+        )
+    gain = merge_gain(probes)
+    scatter_M = np.array([_RAW_SCATTER if len(p.steps) == 1 else _MERGE_MISFIT for p in probes])
+    error_M = np.hypot(scatter_M * gain, [probe.error for probe in probes])
+    removed_MJ = np.array([1 - kept_by_merge(probe.steps, probe.weights) for probe in probes])
+    place_M = np.array([probe.mean_step / from_step for probe in probes])
+    loss_M = np.array([probe.loss for probe in probes])
+    smooth = np.diff(np.eye(len(RATES_J)), n=2, axis=0) / (_ROUGHNESS * gain)
+    smooth = np.hstack((np.zeros((len(smooth), 2)), smooth))
+    random, solve = np.random.default_rng([seed, 2]), require_scipy().nnls
+
+    def solved(alpha: float, losses: Floats, rough: Floats) -> tuple[Floats, float]:
+        columns = np.column_stack((np.ones_like(place_M), place_M**-alpha, -removed_MJ))
+        left = np.vstack((columns / error_M[:, None], smooth))
+        found = solve(left, np.append(losses / error_M, rough), maxiter=50 * left.shape[1])
+        return found[0], float(found[1])
 
     flat = np.zeros(len(smooth))
+    best = min(alphas, key=lambda alpha: solved(alpha, loss_M, flat)[1])
     drawn = [
-        solved(gain_M + error_M * random.standard_normal(len(gain_M)), random.standard_normal(len(smooth)))
+        solved(
+            best,
+            loss_M + error_M * random.standard_normal(len(loss_M)),
+            random.standard_normal(len(smooth)),
+        )[0]
         for _ in range(draws)
     ]
-    return Probed(steady=steady, h_J=solved(gain_M, flat), h_BJ=np.array(drawn), longest_window=max(windows))
+    return Spread(
+        from_step=from_step,
+        alpha=best,
+        unknowns_U=solved(best, loss_M, flat)[0],
+        unknowns_BU=np.array(drawn).reshape(draws, 2 + len(RATES_J)),
+        longest_window=max(windows),
+    )
 
 
-def annealed_loss(probed: Probed, from_step: int, shares_T: ArrayLike) -> tuple[float, float]:
-    """The loss after the decay `shares_T` from `from_step`, and the standard error that the merges leave.
+def annealed_loss(spread: Spread, shares_T: ArrayLike, *, progress: float = 1.0) -> tuple[float, float]:
+    """The loss after the decay `shares_T` from where `spread` was learned, and the standard error that the
+    probes leave. `progress`: how far a decay moves the drift, as a share of Σ f.
 
-    A decay much longer than the longest window probed is in part the prior's: see `Probed.longest_window`.
+    A decay much longer than the longest window is in part the prior's: see `Spread.longest_window`.
     """
-    moved = float(np.sum(shares_T))
-    removed_J = 1 - kept_by_decay(shares_T)
-    expected = probed.steady.at(from_step + moved) - float(removed_J @ probed.h_J)
-    return expected, float((probed.h_BJ @ removed_J).std())
+    moved = progress * float(np.sum(shares_T))
+    place = 1 + moved / spread.from_step
+    row_U = np.concatenate(([1.0, place**-spread.alpha], kept_by_decay(shares_T) - 1))
+    error = float((spread.unknowns_BU @ row_U).std()) if len(spread.unknowns_BU) else 0.0
+    return float(spread.unknowns_U @ row_U), error

@@ -53,6 +53,45 @@ def forecast_chart(
     return finished(chart)
 
 
+def outlook_chart(models: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, float]]) -> Any:
+    """`models` that were evaluated (name, step of the newest checkpoint, loss, checkpoints), and what decays
+    of several lengths are `expected` to give (step of their end, loss, low80, high80, low95, high95).
+    """
+    alt = require_altair()
+    colours = {
+        "raw checkpoint": COLOURS["raw"],
+        "merge": COLOURS["merged"],
+        "annealed": COLOURS["annealed"],
+        _FORECAST: COLOURS["annealed"],
+    }
+    named = [{**row, "name": printable(str(row["name"]))} for row in models]
+    there = [name for name in colours if name in {row["name"] for row in named} or name == _FORECAST]
+    shades = alt.Scale(domain=there, range=[colours[name] for name in there])
+    colour = alt.Color(
+        "name:N", scale=shades, title=None, legend=alt.Legend(orient="top", columns=4, labelLimit=400)
+    )
+    title = "held-out loss (nats a token)"
+    scale = scale_of(alt, [row["loss"] for row in named] + [row["low95"] for row in expected])
+    x = alt.X("step:Q", title="step", axis=alt.Axis(format="~s", tickCount=8))
+    y = alt.Y("loss:Q", title=title, scale=scale)
+    seen = ["name:N", "step:Q", "checkpoints:Q", "loss:Q"]
+    points = alt.Chart(alt.Data(values=named)).mark_circle(size=36, opacity=0.8, clip=True)
+    rows = [{**row, "name": _FORECAST} for row in expected]
+    base = alt.Chart(alt.Data(values=rows))
+    bars = [
+        base.mark_rule(strokeWidth=width, opacity=opacity).encode(
+            x=x,
+            y=alt.Y(f"low{level}:Q", title=title, scale=scale),
+            y2=f"high{level}:Q",
+            color=colour,
+        )
+        for level, width, opacity in ((95, 1.5, 0.8), (80, 5, 0.5))
+    ]
+    line = base.mark_line(point=True, strokeDash=[4, 3]).encode(x=x, y=y, color=colour)
+    parts = (points.encode(x=x, y=y, color=colour, tooltip=seen), *bars, line)
+    return finished(alt.layer(*parts).properties(width=_WIDTH, height=_HEIGHT))
+
+
 def write_forecast_chart(chart: Any, path: Path, lead: str) -> None:
     """Write `chart` as a picture (.png) or a page that opens offline (.html), by the name of `path`."""
     if path.suffix not in (".png", ".html"):
