@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pma import engine, restart, trajectory
+from pma import engine, logs, restart, trajectory
 from pma.choosing import Choice, suggestion
 from pma.engine import Merge, MergeOptions, Plan
 from pma.engine.provenance import RECORD_FILE, load
@@ -23,6 +23,7 @@ from pma.trajectory import Window
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pma.diagnosis.diagnosing import Diagnosis
     from pma.evaluation.evaluate import Evaluation
     from pma.evaluation.tasks import Task, TaskResult
 
@@ -36,6 +37,7 @@ __all__ = [
     "Restart",
     "Window",
     "average",
+    "diagnose",
     "evaluate",
     "evaluate_with_tasks",
     "held_out_documents",
@@ -111,6 +113,38 @@ def average(choice: Choice, options: MergeOptions | None = None) -> dict[str, Te
     """Merge `choice` in memory: tensors by name."""
     with plan(choice, options) as planned:
         return engine.average(planned)
+
+
+def diagnose(
+    choice: Choice,
+    options: MergeOptions | None = None,
+    *,
+    log: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Diagnosis:
+    """What the checkpoints and the log say about merging them; each checkpoint is read once.
+
+    Of a run without a window the newest checkpoints are taken, `MOST_BY_DEFAULT` at most. `log`: the
+    training log, where it is not in the run's folder. Raises InputError for a single checkpoint.
+    """
+    from pma.diagnosis.diagnosing import MOST_BY_DEFAULT
+    from pma.diagnosis.diagnosing import diagnose as diagnosed
+
+    choice = replace(choice, allow_mixed_phases=True)  # to be told of, not refused
+    is_run = choice.pattern is not None or not trajectory.is_checkpoint(choice.paths[0])
+    if is_run and choice.window is None and not choice.preset:
+        found = trajectory.resolve(choice.paths, as_given=choice.as_given, pattern=choice.pattern)
+        upto = [p for p in found.points if choice.at is None or p.step is None or p.step <= choice.at]
+        window = Window(last=min(max(len(upto), 1), MOST_BY_DEFAULT), at=choice.at)
+        choice = replace(choice, window=window, at=None)
+    curves = None
+    try:
+        curves = logs.read(log or (choice.paths[0] if is_run else choice.paths[-1].parent))
+    except (InputError, UsageError):
+        if log is not None:
+            raise
+    with plan(choice, options) as planned:
+        return diagnosed(planned, curves, progress=progress)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,6 +97,21 @@ def test_runs_are_told_as_on_this_machine(name: str, memory: Any, tmp_path: Path
     assert told(location("memory://run")) == told(tmp_path / "run")
 
 
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_diagnosis_from_a_store(name: str, memory: Any, tmp_path: Path) -> None:
+    """The same inner products as on this machine; what is only carried is not read ahead and left there."""
+    WRITERS[name](tmp_path / "run")
+    for file in (tmp_path / "run").rglob("*"):
+        if file.is_file():
+            memory.pipe_file(f"/run/{file.relative_to(tmp_path / 'run')}", file.read_bytes())
+    here, there = (
+        verbs.diagnose(Choice(paths=(run,))) for run in (tmp_path / "run", location("memory://run"))
+    )
+    assert there.whole.path == pytest.approx(here.whole.path, rel=1e-12)
+    assert there.whole.merge_norm == pytest.approx(here.whole.merge_norm, rel=1e-12)
+    assert there.groups.keys() == here.groups.keys()
+
+
 def test_a_conversion_with_everything_in_a_store(memory: Any, tmp_path: Path) -> None:
     from ..conversion.models import FAMILIES, source, template
     from ..conversion.trainers import random_weights, titan_shapes

@@ -12,6 +12,7 @@ import typer
 
 from pma import __version__
 from pma.cli import (
+    diagnosing,
     evaluating,
     forecasting,
     inspecting,
@@ -43,6 +44,7 @@ merging.register(app)
 sweeping.register(app)
 evaluating.register(app)
 spikes.register(app)
+diagnosing.register(app)
 forecasting.register(app)
 training.register(app)
 restarting.register(app)

@@ -19,7 +19,6 @@ from pma.averaging import AT_ONCE
 from pma.averaging.accumulate import STORAGE, accumulator_dtype, add, finish
 from pma.averaging.kernels import (
     ABSENT,
-    DONE,
     FIRST,
     LATER,
     NOT_FINITE,
@@ -31,6 +30,7 @@ from pma.averaging.kernels import (
 from pma.engine.blocks import CHUNK_BYTES, Block, Piece, Policy, Span
 from pma.engine.means import read_from
 from pma.engine.read_ahead import ReadAhead
+from pma.engine.reading import MOST_CUTS, SpanReader, view
 from pma.engine.segments import Segments
 from pma.engine.stopping import StopFlag
 from pma.engine.work import Recipe
@@ -46,8 +46,6 @@ _Where = tuple[Integers, list[tuple[int, int, str, int, int]]]
 _MOST_OPEN = 64
 # parts of a file this far apart are opened as one
 _NEAR_BYTES = 2**20
-# pieces of a block that are worth a call of the compiled loop each
-_MOST_CUTS = 64
 
 
 class BlockWorker:
@@ -63,7 +61,7 @@ class BlockWorker:
         stop: StopFlag | None = None,
         ahead: ReadAhead | None = None,
     ) -> None:
-        self._ahead = ahead
+        self._source = SpanReader(readers, ahead)
         self._readers, self._recipes = readers, recipes
         self._tile_bytes = tile_bytes
         self._allow_nonfinite = allow_nonfinite
@@ -71,7 +69,11 @@ class BlockWorker:
         self._rows = on_pages(AT_ONCE, tile_bytes)
         self._sums = on_pages(len(recipes), 2 * tile_bytes)
         self._outs = on_pages(len(recipes), CHUNK_BYTES)
-        self.bytes_read = 0
+
+    @property
+    def bytes_read(self) -> int:
+        """From all sources so far."""
+        return self._source.bytes_read
 
     def make(self, block: Block, wanted: Sequence[int] | None = None) -> list[tuple[int, memoryview]]:
         """The block's bytes of each wanted merge (all by default), valid until the next call.
@@ -91,7 +93,7 @@ class BlockWorker:
                     self._outs[k][span.block_offset : span.block_offset + span.length_bytes] = 0
             else:
                 self._copy(block, index, wanted)
-        return [(k, _view(self._outs[k][: block.length_bytes])) for k in wanted]
+        return [(k, view(self._outs[k][: block.length_bytes])) for k in wanted]
 
     def _copy(self, block: Block, index: int, wanted: Sequence[int]) -> None:
         span = block.spans[index]
@@ -100,24 +102,14 @@ class BlockWorker:
             number = self._recipes[k].newest
             newest = self._readers[number]
             out = self._outs[k][span.block_offset : span.block_offset + span.length_bytes]
-            self._read(block, index, segments, number, 0, out)
+            self._source.read(block, index, segments, number, 0, out)
             if span.dtype_in in STORAGE and not self._allow_nonfinite:
                 for piece in span.pieces:
                     if newest.tensors[piece.tensor].role is Role.OTHER:
                         continue  # a best score that is still infinite is no broken model
-                    found = _first_nonfinite(newest, piece)
+                    found = first_nonfinite(newest, piece)
                     if found is not None:
                         raise _nonfinite(piece.tensor, newest, *found)
-
-    def _read(
-        self, block: Block, index: int, segments: Segments, number: int, start: int, into: Buffer
-    ) -> None:
-        """Fill `into` with a source's bytes of a span, from byte `start` on."""
-        if self._ahead is None or not self._ahead.take(block, index, number, start, into):
-            reader = self._readers[number]
-            if segments.count(reader) < _MOST_CUTS or not _gathered(segments, reader, start, into):
-                reader.read_many(segments.requests(reader, start, start + len(into), _view(into)))
-        self.bytes_read += len(into)
 
     def _average_directly(self, span: Span, wanted: Sequence[int]) -> bool:
         """The same as `_average` in one compiled loop; False where that cannot do it, or failed to read."""
@@ -130,7 +122,7 @@ class BlockWorker:
         segments = Segments(span)
         # sources that are sharded in other ways: from cut to cut the span lies in one piece in all of them
         cuts = segments.cuts(readers)
-        if len(cuts) > _MOST_CUTS:
+        if len(cuts) > MOST_CUTS:
             return False
         parts = [cuts]
         while parts:
@@ -184,7 +176,7 @@ class BlockWorker:
             raise Interrupted("stopped")
         if outcome == NOT_FINITE and not self._allow_nonfinite:
             return False  # slowly, and it will say where
-        self.bytes_read += int(cuts[-1] - cuts[0]) * len(needed) if outcome != READ_FAILED else 0
+        self._source.bytes_read += int(cuts[-1] - cuts[0]) * len(needed) if outcome != READ_FAILED else 0
         return bool(outcome != READ_FAILED)
 
     def _average(self, block: Block, index: int, wanted: Sequence[int]) -> None:
@@ -206,7 +198,9 @@ class BlockWorker:
                 for row, number in zip(self._rows, numbers, strict=False):
                     if self._stop.is_set():
                         raise Interrupted("stopped")
-                    self._read(block, index, segments, number, start * width, row[: (stop - start) * width])
+                    self._source.read(
+                        block, index, segments, number, start * width, row[: (stop - start) * width]
+                    )
                 for k in wanted:
                     members = [(places[n], w) for n, w in self._recipes[k].members if n in places]
                     if members:
@@ -236,7 +230,7 @@ class BlockWorker:
         """Name the checkpoint, tensor and index that made a result not finite."""
         for number, _ in recipe.members:
             for piece in span.pieces:
-                found = _first_nonfinite(self._readers[number], piece)
+                found = first_nonfinite(self._readers[number], piece)
                 if found is not None:
                     return _nonfinite(piece.tensor, self._readers[number], *found)
         names = ", ".join(printable(piece.tensor) for piece in span.pieces[:3])
@@ -252,21 +246,6 @@ def on_pages(count: int, length_bytes: int) -> Buffer:
     """
     memory = mmap.mmap(-1, count * length_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return np.frombuffer(memory, np.uint8).reshape(count, length_bytes)
-
-
-def _gathered(segments: Segments, reader: CheckpointReader, start: int, into: Buffer) -> bool:
-    """Fill `into` from many small pieces of local files, without the interpreter between them: a shard in
-    columns has one for each row. False where that cannot be done.
-    """
-    for file, place_R, length_R, offset_R in segments.runs(reader, start, start + len(into)):
-        first = int(offset_R.min())
-        descriptor = reader.descriptor(file, first, int((offset_R + length_R).max()) - first)
-        if descriptor is None:
-            return False
-        with descriptor as number:
-            if read_runs(np.int32(number), offset_R, place_R, length_R, into) != DONE:
-                return False  # reading again by requests finds out why
-    return True
 
 
 def _where(segments: Segments, reader: CheckpointReader, cuts: Integers) -> _Where:
@@ -323,13 +302,13 @@ def _members(
     return members_KN, weights_KN
 
 
-def _first_nonfinite(reader: CheckpointReader, piece: Piece) -> tuple[list[int], float] | None:
+def first_nonfinite(reader: CheckpointReader, piece: Piece) -> tuple[list[int], float] | None:
     """Index in the tensor and value of the first element of a piece that is not finite."""
     spec = reader.tensors[piece.tensor]
     width = spec.dtype.bits // 8
     raw = np.empty((piece.stop - piece.start) * width, np.uint8)
     runs = reader.runs(piece.tensor, piece.start, piece.stop, piece.box)
-    reader.read_many(requests_for(runs, width, _view(raw)))
+    reader.read_many(requests_for(runs, width, view(raw)))
     values = raw.view(STORAGE[spec.dtype])
     if spec.dtype is DType.BF16:
         values = (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -348,7 +327,3 @@ def _nonfinite(tensor: str, reader: CheckpointReader, index: list[int], value: f
         f"{printable(tensor)}{index} in {read_from(reader, tensor)}: {value}; every value must be finite. "
         "Leave that checkpoint out, or go on regardless with --allow-nonfinite"
     )
-
-
-def _view(raw: Buffer) -> memoryview:
-    return memoryview(raw)  # type: ignore[arg-type]  # numpy's stubs for 3.11 do not say it is a buffer

@@ -45,6 +45,23 @@ def tile_bytes_within(memory_bytes: int, threads: int, merges: int) -> int:
     return tile_bytes
 
 
+def rows_tile_bytes_within(memory_bytes: int, threads: int, rows: int) -> int:
+    """The largest tile of which `threads` workers can each hold one of every source, as read (fp16 also
+    widened). Raises UsageError where none is small enough.
+    """
+    tile_bytes = LARGEST_TILE_BYTES
+    while 3 * threads * rows * tile_bytes > memory_bytes:
+        tile_bytes //= 2
+        if tile_bytes < _SMALLEST_TILE_BYTES:
+            needed = 3 * threads * rows * _SMALLEST_TILE_BYTES
+            raise UsageError(
+                f"--memory {bytes_text(memory_bytes)} is too little for {rows} checkpoints at once in "
+                f"{threads} threads, which need {bytes_text(needed)}; give more, fewer --threads, or fewer "
+                "checkpoints"
+            )
+    return tile_bytes
+
+
 def merges_within(memory_bytes: int, threads: int, result_bytes: int = 0) -> int:
     """How many merges can be made from one read, at least 1, with the largest tiles.
 

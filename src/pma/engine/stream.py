@@ -57,20 +57,26 @@ def stream(
     """
     queue = iter(range(len(work.blocks)) if numbers is None else numbers)
     stop = stop or StopFlag()
-    _forget_what_does_not_fit(work.readers)
+    forget_what_does_not_fit(work.readers)
     missing = _Missing(work, outputs, queue)
     ahead = ReadAhead(work, iter(missing), missing.recipes, stop)
-    task = _Task(work, outputs, missing, ahead, stop, progress)
-    pool = ThreadPoolExecutor(work.threads)
+    in_threads(_Task(work, outputs, missing, ahead, stop, progress).run, work.threads, ahead, stop)
+
+
+def in_threads(run: Callable[[], None], threads: int, ahead: ReadAhead, stop: StopFlag) -> None:
+    """`run` in so many threads, which take their blocks from `ahead`. If one fails, `stop` is set and all
+    end. Raises what the first failing one raised, and Interrupted.
+    """
+    pool = ThreadPoolExecutor(threads)
     try:
         with ahead:
             try:
-                _wait([pool.submit(task.run) for _ in range(work.threads)])
+                _wait([pool.submit(run) for _ in range(threads)])
             finally:
                 stop.set()
                 _join(pool)
     except KeyboardInterrupt:
-        raise Interrupted("interrupted while merging") from None
+        raise Interrupted("interrupted while reading checkpoints") from None
 
 
 def _join(pool: ThreadPoolExecutor) -> None:
@@ -82,7 +88,7 @@ def _join(pool: ThreadPoolExecutor) -> None:
         raise
 
 
-def _forget_what_does_not_fit(readers: Sequence[CheckpointReader]) -> None:
+def forget_what_does_not_fit(readers: Sequence[CheckpointReader]) -> None:
     """Have sources larger than the memory leave the system's cache as they are read.
 
     They would not stay there until they are wanted again, and would drive out what others on the node use.

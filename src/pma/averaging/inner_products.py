@@ -1,0 +1,84 @@
+"""The compiled loop behind a Gram matrix: inner products of what differs between checkpoints, in fp64.
+
+Stored values are widened exactly; deviations from the reference, products and sums are fp64. Sums may be
+taken in another order than written, so that they run in vectors: hence no promise of bits.
+"""
+
+# N checkpoints, B elements of a tile, T elements of a stretch that stays in the processor's cache
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from pma.averaging.accumulate import STORAGE
+from pma.averaging.kernels import _widened
+from pma.types import DType
+
+#: elements of a stretch: so many fp64 values of twenty checkpoints lie in the first cache
+STRETCH = 256
+# no assumption that all is finite: NaN must come through
+_REORDERED = {"reassoc", "contract", "nsz"}
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    try:
+        return njit(nogil=True, error_model="numpy", fastmath=_REORDERED, cache=True)(function)
+    except RuntimeError:  # nowhere to keep the machine code
+        return njit(nogil=True, error_model="numpy", fastmath=_REORDERED)(function)
+
+
+@_compiled
+def _add_four_products(rows_NT: Any, i: int, j: int, size: int, gram_NN: Any) -> None:
+    """Products of rows i and i + 1 with rows j and j + 1: four sums from four loads."""
+    a, b, c, d = rows_NT[i][:size], rows_NT[i + 1][:size], rows_NT[j][:size], rows_NT[j + 1][:size]
+    ac = ad = bc = bd = 0.0
+    for t in range(size):
+        ac += a[t] * c[t]
+        ad += a[t] * d[t]
+        bc += b[t] * c[t]
+        bd += b[t] * d[t]
+    gram_NN[i, j] += ac
+    gram_NN[i, j + 1] += ad
+    gram_NN[i + 1, j] += bc
+    gram_NN[i + 1, j + 1] += bd
+
+
+@_compiled
+def _put_deviations(rows_NB: Any, start: int, size: int, count: int, deviations_NT: Any) -> None:
+    """The newest checkpoint as it is, and how far each other one lies from it."""
+    newest = deviations_NT[count - 1]
+    for t in range(size):
+        newest[t] = _widened(rows_NB[count - 1, start + t])
+    for n in range(count - 1):
+        row, out = rows_NB[n][start : start + size], deviations_NT[n]
+        for t in range(size):
+            out[t] = np.float64(_widened(row[t])) - newest[t]
+
+
+@_compiled
+def add_products(rows_NB: Any, low: int, high: int, count: int, deviations_NT: Any, gram_NN: Any) -> None:
+    """Add the inner products over elements `low` to `high` to the lower triangle of `gram_NN`.
+
+    The first `count` of `rows_NB` are checkpoints, the newest last. Row and column `count` - 1 are of the
+    newest itself, the others of deviations from it. `deviations_NT` and `gram_NN` have an even number of
+    rows, which may be one more: it holds zeros.
+    """
+    for start in range(low, high, deviations_NT.shape[1]):
+        size = min(deviations_NT.shape[1], high - start)
+        _put_deviations(rows_NB, start, size, count, deviations_NT)
+        for i in range(0, len(deviations_NT), 2):
+            for j in range(0, i + 2, 2):
+                _add_four_products(deviations_NT, i, j, size, gram_NN)
+
+
+def load_kernel(types: Iterable[DType]) -> None:
+    """Compile, or load from the compiler's cache, the loop for values of each type; else the first tile
+    would.
+    """
+    for dtype in types:
+        storage = np.float32 if dtype is DType.F16 else STORAGE[dtype]
+        add_products(np.zeros((1, 1), storage), 0, 0, 1, np.zeros((2, STRETCH)), np.zeros((2, 2)))

@@ -1,0 +1,124 @@
+"""`pma diagnose`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pma import verbs
+from pma.cli import options as flags
+from pma.cli.output import command, note, progress, say, table
+from pma.errors import printable
+from pma.quantities import bytes_text, count_text
+from pma.remote import location
+
+if TYPE_CHECKING:
+    from pma.diagnosis.diagnosing import Diagnosis
+    from pma.diagnosis.movement import Movement
+
+
+def register(app: typer.Typer) -> None:
+    """Add this command to `app`."""
+    app.command("diagnose", short_help="What checkpoints tell about merging them; no evaluation.")(
+        command(diagnose)
+    )
+
+
+def diagnose(
+    sources: flags.Sources,
+    last: flags.Last = None,
+    every: flags.Every = None,
+    at: flags.At = None,
+    preset: flags.UsePreset = False,
+    log: Annotated[
+        Path | None,
+        typer.Option("--log", parser=location, metavar="LOG", help="The run's log, if it lies elsewhere."),
+    ] = None,
+    exclude: flags.Exclude = None,
+    as_given: flags.AsGiven = False,
+    pattern: flags.Pattern = None,
+    threads: flags.Threads = 2,
+    memory: flags.Memory = flags.DEFAULT_MEMORY,
+    json_output: flags.Json = False,
+) -> dict[str, Any]:
+    """What the checkpoints of a window tell about merging them: how far and how straight they moved, drift
+    against noise, how many are independent, by group of tensors.
+
+    Each is read once; nothing is written or evaluated. Without --last it takes the newest 20.
+
+    Example: pma diagnose runs/7b --last 12 --every 8B
+    """
+    chosen = flags.choice(
+        sources,
+        last=last,
+        every=every,
+        at=at,
+        preset=preset,
+        as_given=as_given,
+        pattern=pattern,
+    )
+    options = flags.merge_options("sma", exclude=exclude, threads=threads, memory=memory)
+    done = _read(chosen, options, log, quiet=json_output)
+    if not json_output:
+        show(done)
+    return done.to_json()
+
+
+def _read(chosen: verbs.Choice, options: verbs.MergeOptions, log: Path | None, *, quiet: bool) -> Diagnosis:
+    if quiet:
+        return verbs.diagnose(chosen, options, log=log)
+    with progress("reading", 1) as bar:
+        seen = [0]
+
+        def moved(read: int, total: int) -> None:
+            seen[0] += read
+            bar(seen[0] / max(total, 1), f"{bytes_text(seen[0])} of {bytes_text(total)}")
+
+        return verbs.diagnose(chosen, options, log=log, progress=moved)
+
+
+def show(done: Diagnosis) -> None:
+    """Print it for people."""
+    first, newest = done.points[0], done.points[-1]
+    for text in done.notes:
+        note(printable(text, 400))
+    where = f"steps {first.step} to {newest.step}" if done.unit == "steps" else "in the order given"
+    phases = ", ".join(dict.fromkeys(point.phase.value for point in done.points))
+    rate = f", lr {newest.learning_rate:g}" if newest.learning_rate is not None else ""
+    read = f"{bytes_text(done.bytes_read)} read"
+    say(f"{len(done.points)} checkpoints, {where}; phase {phases}{rate}; {read}")
+    for change in done.changes:
+        say(f"the schedule changes {change}")
+    for found in done.breakaways:
+        what = "gradient norm" if found.quantity == "grad_norm" else "loss"
+        say(f"{what} broke away at step {found.first_step}: {found.kind.words}")
+    rows = [_row(name, group, done) for name, group in done.groups.items()]
+    columns = ("tensors", "values", "moved", "straight", "next cosine", "drift", "memory", "independent")
+    table(
+        (*columns, "merge norm", "directions"),
+        [*rows, _row("all", done.whole, done)],
+    )
+
+
+def _row(name: str, moved: Movement, done: Diagnosis) -> tuple[str, ...]:
+    walk, steps_N = moved.walk, done.positions_N
+    span = steps_N[-1] - steps_N[0]
+    every = span / (len(steps_N) - 1)
+    return (
+        name,
+        count_text(moved.elements),
+        _share(moved.distance, moved.newest_norm),
+        _share(moved.distance, moved.path),
+        "–" if moved.neighbours is None else f"{moved.neighbours:+.2f}",
+        "–" if walk is None else f"{100 * walk.drift_share(span):.0f}%",
+        "–" if walk is None else f"{walk.memory(every):.2f}",
+        "–" if walk is None else f"{walk.effective(steps_N):.1f}",
+        _share(moved.merge_norm, moved.members_norm),
+        " ".join(f"{100 * share:.0f}%" for share in moved.shares_K),
+    )
+
+
+def _share(value: float, of: float) -> str:
+    return f"{100 * value / of:.1f}%" if of > 0 else "–"

@@ -1,0 +1,194 @@
+"""Inner products of a plan's checkpoints, group by group of tensors, from one read in bounded memory."""
+
+# N checkpoints, G groups of tensors, B elements of a tile
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pma.averaging.accumulate import STORAGE
+from pma.averaging.inner_products import STRETCH, add_products, load_kernel
+from pma.engine import provenance
+from pma.engine.blocks import Block, Policy, Span
+from pma.engine.compute import first_nonfinite, on_pages
+from pma.engine.memory_budget import rows_tile_bytes_within
+from pma.engine.plan import Plan
+from pma.engine.read_ahead import ReadAhead
+from pma.engine.reading import SpanReader
+from pma.engine.segments import Segments
+from pma.engine.stopping import StopFlag
+from pma.engine.stream import Progress, forget_what_does_not_fit, in_threads
+from pma.engine.work import Work, work_of
+from pma.errors import Interrupted, NonfiniteError, printable
+from pma.types import DType
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InnerProducts:
+    """Of each of `groups`: how many values it has, the inner products of the checkpoints' deviations from the
+    newest (`deviations_GNN`, whose last row and column are zero), those of the newest checkpoint with each
+    deviation (`newest_GN`, the last one with itself). All fp64; a complex number is two values.
+    """
+
+    groups: tuple[str, ...]
+    elements_G: NDArray[np.int64]
+    deviations_GNN: Floats
+    newest_GN: Floats
+    bytes_read: int
+
+
+def inner_products(
+    plan: Plan, group_of: Callable[[str], str], *, progress: Progress | None = None
+) -> InnerProducts:
+    """Read each averaged tensor of the plan's checkpoints once. `group_of`: a tensor's group, by its name.
+    `progress`: told bytes read since the last call, and how many there are to read.
+
+    The plan's weights play no part. Sums are taken in the order in which threads come by, so the last digits
+    of fp64 may differ from run to run. Raises NonfiniteError for NaN or infinity, MismatchError where a file
+    changed meanwhile.
+    """
+    averaged = [name for name, policy in plan.policies.items() if policy is Policy.AVERAGE]
+    groups = tuple(dict.fromkeys(group_of(name) for name in averaged))
+    numbers = {name: groups.index(group_of(name)) for name in averaged}
+    work = work_of(plan)
+    count = len(plan.readers)
+    tile_bytes = rows_tile_bytes_within(plan.options.memory_bytes, work.threads, count)
+    work = replace(work, tile_bytes=tile_bytes)
+    elements_G = np.zeros(len(groups), np.int64)
+    for name in averaged:
+        per_element = 2 if plan.tensors[name].dtype is DType.C64 else 1
+        elements_G[numbers[name]] += plan.tensors[name].element_count * per_element
+    load_kernel({plan.tensors[name].dtype for name in averaged})
+    stop = StopFlag()
+    forget_what_does_not_fit(work.readers)
+    ahead = ReadAhead(work, _averaged_only(work), lambda block: [0], stop)
+    workers: list[_Worker] = []
+    bytes_to_read = plan.bytes_of(Policy.AVERAGE) * count
+
+    def run() -> None:
+        worker = _Worker(work, numbers, len(groups), ahead, stop)
+        workers.append(worker)
+        worker.run(None if progress is None else lambda read: progress(read, bytes_to_read))
+
+    in_threads(run, work.threads, ahead, stop)
+    provenance.check_unchanged(plan)
+    gram_GNN = sum((worker.summed() for worker in workers), np.zeros((len(groups), count, count)))
+    gram_GNN = np.tril(gram_GNN) + np.tril(gram_GNN, -1).transpose(0, 2, 1)
+    newest_GN = gram_GNN[:, -1].copy()
+    gram_GNN[:, -1] = gram_GNN[:, :, -1] = 0
+    return InnerProducts(
+        groups=groups,
+        elements_G=elements_G,
+        deviations_GNN=gram_GNN,
+        newest_GN=newest_GN,
+        bytes_read=sum(worker.bytes_read for worker in workers),
+    )
+
+
+def _averaged_only(work: Work) -> Iterator[Block]:
+    """The blocks without what is not averaged: nothing else is to be read."""
+    for block in work.blocks:
+        spans = tuple(span for span in block.spans if span.policy is Policy.AVERAGE)
+        if spans:
+            yield replace(block, spans=spans)
+
+
+class _Worker:
+    """The buffers and sums of one thread."""
+
+    def __init__(
+        self, work: Work, numbers: dict[str, int], groups: int, ahead: ReadAhead, stop: StopFlag
+    ) -> None:
+        self._work, self._numbers, self._ahead, self._stop = work, numbers, ahead, stop
+        self._source = SpanReader(work.readers, ahead)
+        self._count = len(work.readers)
+        even = self._count + self._count % 2
+        self._rows = on_pages(self._count, work.tile_bytes)
+        self._deviations_NT = np.zeros((even, STRETCH))
+        self._gram_GNN = np.zeros((groups, even, even))
+
+    def summed(self) -> Floats:
+        """What was summed so far, the lower triangles; the newest checkpoint itself is the last row."""
+        return self._gram_GNN[:, : self._count, : self._count]
+
+    @property
+    def bytes_read(self) -> int:
+        """From all sources so far."""
+        return self._source.bytes_read
+
+    def run(self, progress: Callable[[int], None] | None) -> None:
+        """Take blocks until there are none, or all is called off."""
+        while not self._stop.is_set() and (block := self._ahead.next()) is not None:
+            before = self.bytes_read
+            for index, span in enumerate(block.spans):
+                self._add(block, index, span)
+                if not np.isfinite(self._gram_GNN).all():
+                    raise _not_finite(span, self._work)
+            if progress is not None:
+                progress(self.bytes_read - before)
+
+    def _add(self, block: Block, index: int, span: Span) -> None:
+        width = span.dtype_in.bits // 8
+        tile_elements = self._work.tile_bytes // width
+        segments = Segments(span)
+        edges = self._edges(span)
+        for start in range(0, span.element_count, tile_elements):
+            stop = min(start + tile_elements, span.element_count)
+            for number, row in enumerate(self._rows):
+                if self._stop.is_set():
+                    raise Interrupted("stopped")
+                into = row[: (stop - start) * width]
+                self._source.read(block, index, segments, number, start * width, into)
+            rows_NB = self._values(span.dtype_in, (stop - start) * width)
+            per_element = 2 if span.dtype_in is DType.C64 else 1
+            for group, low, high in edges:
+                low, high = max(low, start) - start, min(high, stop) - start
+                if low < high:
+                    add_products(
+                        rows_NB,
+                        low * per_element,
+                        high * per_element,
+                        self._count,
+                        self._deviations_NT,
+                        self._gram_GNN[group],
+                    )
+
+    def _values(self, dtype: DType, length_bytes: int) -> NDArray[Any]:
+        rows_NB = self._rows[:, :length_bytes].view(STORAGE[dtype])
+        return rows_NB.astype(np.float32) if dtype is DType.F16 else rows_NB
+
+    def _edges(self, span: Span) -> list[tuple[int, int, int]]:
+        """(group, first element, element after the last) of the span; neighbours of a group are one."""
+        edges: list[tuple[int, int, int]] = []
+        position = 0
+        for piece in span.pieces:
+            group, end = self._numbers[piece.tensor], position + piece.stop - piece.start
+            if edges and edges[-1][0] == group:
+                edges[-1] = (group, edges[-1][1], end)
+            else:
+                edges.append((group, position, end))
+            position = end
+        return edges
+
+
+def _not_finite(span: Span, work: Work) -> NonfiniteError:
+    for reader in work.readers:
+        for piece in span.pieces:
+            found = first_nonfinite(reader, piece)
+            if found is not None:
+                index, value = found
+                return NonfiniteError(
+                    f"{printable(piece.tensor)}{index} in {reader.path}: {value}; every value must be "
+                    "finite. Leave that checkpoint out, or the tensor with --exclude"
+                )
+    names = ", ".join(printable(piece.tensor) for piece in span.pieces[:3])
+    return NonfiniteError(
+        f"{names}: values whose squares overflow fp64 have no distance; leave them out with --exclude"
+    )
