@@ -8,7 +8,8 @@ import pytest
 from pma import verbs
 from pma.analysis import looking, room
 from pma.analysis.halves import halve
-from pma.analysis.looking import Budget, look
+from pma.analysis.keeping import Budget
+from pma.analysis.looking import look
 from pma.engine import MergeOptions
 from pma.errors import InputError, UsageError
 from pma.evaluation.text import Document

@@ -38,12 +38,13 @@ class Halves:
 
 def halve(documents: Sequence[Document], *, most_characters: int) -> Halves:
     """Two halves of equally many documents, drawn by digests of their beginnings: the same text gives the
-    same halves, and documents that begin alike are of one half. Where the text is longer than
-    `most_characters`, the beginnings of its documents, equally long; and of very many documents only some.
+    same halves, and documents that begin alike, or are of one group, are of one half. Where the text is
+    longer than `most_characters`, the beginnings of its documents, equally long; and of very many documents
+    only some.
 
     Raises InputError where there are too few different documents.
     """
-    ordered = sorted(documents, key=_beginning)
+    ordered = sorted(documents, key=lambda document: (_beginning(document), document.text))
     # as many as the text may be long if each is read so far
     read_D = np.cumsum([min(len(document.text), _BEGINNING_CHARACTERS) for document in ordered])
     kept = ordered[: max(FEWEST_DOCUMENTS, int((read_D <= most_characters).sum()))]
@@ -67,7 +68,8 @@ def halve(documents: Sequence[Document], *, most_characters: int) -> Halves:
 
 
 def _beginning(document: Document) -> bytes:
-    return blake3(document.text[:_BEGINNING_CHARACTERS].encode()).digest()
+    what = document.group or document.text[:_BEGINNING_CHARACTERS]
+    return blake3(what.encode()).digest()
 
 
 def _equal_length(lengths: Sequence[int], most: int) -> int | None:

@@ -26,6 +26,7 @@ from pma.analysis.deviations import Bending, bending
 from pma.analysis.experts import Experts
 from pma.analysis.gathering import Gathered, Wanted, gather, token_windows
 from pma.analysis.halves import Halves, halve
+from pma.analysis.keeping import Budget
 from pma.analysis.line import LAST, MERGE, PLACES, Line, search, weights_at
 from pma.analysis.room import check_models, lacking, room_for
 from pma.engine import MergeOptions, Plan
@@ -40,21 +41,6 @@ Values = NDArray[np.float64]
 Progress = Callable[[float, str], None]
 # of the whole work, about
 _EVALUATED_SHARE, _BENT_SHARE = 0.4, 0.7
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """What bounds the cost: how much of the text is read for losses, and how many tokens for routing,
-    derivatives and the plane, in windows of at most `context_tokens`; `plane_points` a side.
-    """
-
-    text_characters: int = 400_000
-    routing_tokens: int = 16_384
-    derivative_tokens: int = 16_384
-    plane_tokens: int = 4_096
-    context_tokens: int = 512
-    batches: int = 16
-    plane_points: int = 13
 
 
 @dataclass(frozen=True, kw_only=True)
