@@ -349,7 +349,8 @@ FLAGS = {
     "--tasks --text --use --weights",
     "report": "--json --out",
     "spikes": "--grad-norm-name --json --last --log --loss-name --pattern --step-name",
-    "diagnose": "--as-given --at --every --exclude --json --last --log --memory --pattern --preset --threads",
+    "diagnose": "--as-given --at --every --exclude --json --last --log --memory --pattern --preset --store "
+    "--text --threads",
     "forecast": "--anneal --batch --curve --floor --from --json --law --out --schedule --seed --steps "
     "--target --tokens --warmup",
     "pretrain": "--anneal --checkpoint-every --epochs --final-learning-rate --fork-from --instructions "

@@ -61,6 +61,8 @@ def contours(
     Raises InputError where these lie on a line.
     """
     merge, points = np.asarray(merge_P), np.asarray(points_KP)
+    if len(points) < 3:  # to be told apart from what rounding of the merge adds
+        raise InputError("two checkpoints and their merge lie on a line: no plane")
     if best != len(points) - 1:
         third, words = points[best], f"the checkpoint of lowest loss, step {steps[best]}"
     else:

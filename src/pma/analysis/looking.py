@@ -28,9 +28,10 @@ from pma.analysis.gathering import Gathered, Wanted, gather, token_windows
 from pma.analysis.halves import Halves, halve
 from pma.analysis.keeping import Budget
 from pma.analysis.line import LAST, MERGE, PLACES, Line, search, weights_at
-from pma.analysis.room import check_models, lacking, room_for
+from pma.analysis.room import Room, check_models, lacking, room_for, with_room_for_many
 from pma.engine import MergeOptions, Plan
 from pma.errors import InputError, UsageError
+from pma.evaluation.model import check_scorable
 from pma.evaluation.paired import Estimate, mean_estimate, paired_difference
 from pma.evaluation.text import Document
 from pma.formats.contracts import CheckpointReader
@@ -104,13 +105,9 @@ def look(
     Raises UsageError for a window of one checkpoint or of interval means; InputError where the text cannot be
     halved, models do not fit into memory, or a checkpoint cannot be evaluated.
     """
-    options, budget = options or MergeOptions(), budget or Budget()
-    _check(points, options)
-    halves = halve(documents, most_characters=budget.text_characters)
+    budget = budget or Budget()
     steps, count = tuple(point.step for point in points), len(points)
-    with _planned(points, options, as_given) as window:
-        room = room_for(window.merge, batch_tokens=budget.derivative_tokens // budget.batches)
-        check_models(room)
+    with _checked(points, documents, options or MergeOptions(), as_given, budget) as (window, halves, room):
         lacks = lacking(room)
         wanted = _wanted(count, budget, vectors=lacks is None)
         announce = _announcing(progress, len(window.plans))
@@ -138,13 +135,39 @@ def look(
     )
 
 
-def _check(points: Sequence[TrajectoryPoint], options: MergeOptions) -> None:
+def check(
+    points: Sequence[TrajectoryPoint],
+    documents: Sequence[Document],
+    options: MergeOptions | None = None,
+    *,
+    as_given: bool = False,
+    budget: Budget | None = None,
+) -> None:
+    """All that `look` would raise before it reads a tensor."""
+    with _checked(points, documents, options or MergeOptions(), as_given, budget or Budget()):
+        pass
+
+
+@contextmanager
+def _checked(
+    points: Sequence[TrajectoryPoint],
+    documents: Sequence[Document],
+    options: MergeOptions,
+    as_given: bool,
+    budget: Budget,
+) -> Iterator[tuple[_Window, Halves, Room]]:
     if len(points) < 2:
         raise UsageError("a window of one checkpoint is its own merge, expected two or more; say --last N")
     if options.uses_means:
         raise UsageError(
             "the line from last to the merge is of checkpoints, and --use interval-means of none"
         )
+    halves = halve(documents, most_characters=budget.text_characters)
+    check_scorable(points[-1].path)
+    with _planned(points, with_room_for_many(options), as_given) as window:
+        room = room_for(window.merge, batch_tokens=budget.derivative_tokens // budget.batches)
+        check_models(room)
+        yield window, halves, room
 
 
 def _wanted(count: int, budget: Budget, *, vectors: bool) -> Wanted:

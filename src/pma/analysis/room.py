@@ -4,10 +4,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pma import engine
-from pma.engine import Plan
+from pma.engine import MergeOptions, Plan
 from pma.errors import InputError
 from pma.quantities import bytes_text
 
@@ -39,10 +39,18 @@ def room_for(plan: Plan, *, batch_tokens: int) -> Room:
     directions = checkpoints * (2 * _FP32 + 2 * _FP64) * parameters
     activations = _ACTIVATIONS * batch_tokens * words * _FP32
     return Room(
+        # results of several merges are there at once, as far as they fit into the merges' memory
         models_bytes=_COPIES * plan.bytes_to_write + plan.options.memory_bytes,
         vectors_bytes=vectors,
         device_bytes=directions + 6 * _FP32 * parameters + activations,
     )
+
+
+def with_room_for_many(options: MergeOptions) -> MergeOptions:
+    """So much memory that several models are made from one read of the checkpoints: a quarter of what there
+    is, or as much as was given.
+    """
+    return replace(options, memory_bytes=max(options.memory_bytes, available_bytes() // 4))
 
 
 def check_models(room: Room) -> None:

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pma.analysis.keeping import LOOKS
-from pma.errors import FormatError, printable
-from pma.reporting.charts import require_altair
 from pma.reporting.look_charts import directions_chart, experts_chart, line_chart, plane_chart
 from pma.reporting.look_words import (
     Plain,
@@ -16,14 +14,12 @@ from pma.reporting.look_words import (
     line_words,
     missing_words,
     plane_words,
+    reading,
     shown,
     text_words,
 )
 from pma.reporting.page import Section
 from pma.results import STORE_FILE, Store
-
-# the store is a file like any other
-_OF_WRONG_VALUES = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
 def kept_sections(run: Path) -> list[Section]:
@@ -35,16 +31,10 @@ def kept_sections(run: Path) -> list[Section]:
         kept = store.rows(LOOKS)
     if not kept:
         return []
-    alt = require_altair()
-    try:
+    with reading(path):
         sections = look_sections(kept[-1].result)
         for section in sections:
             section.chart.to_dict()  # what cannot be drawn shows here
-    except (*_OF_WRONG_VALUES, alt.utils.schemapi.SchemaValidationError) as error:
-        raise FormatError(
-            f"{path} holds a look that cannot be read ({printable(repr(error))}); remove the file, and pma "
-            "diagnose --text makes it again"
-        ) from error
     return sections
 
 

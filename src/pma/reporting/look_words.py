@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from pma.errors import FormatError, printable
 from pma.quantities import count_text
 
 Plain = Mapping[str, Any]
@@ -20,6 +23,27 @@ def look_words(look: Plain) -> list[str]:
     if look["experts"] is not None:
         said.append(experts_words(look))
     return [*said, *missing_words(look)]
+
+
+@contextmanager
+def reading(store: Path) -> Iterator[None]:
+    """What goes wrong with a look that was kept, as FormatError: a store is a file like any other."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise FormatError(
+            f"{store} holds a look that cannot be read ({printable(repr(error))}); remove the file, and pma "
+            "diagnose --text makes it again"
+        ) from error
+
+
+def line_table(look: Plain) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows: each place on the line, on the half that is reported on."""
+    rows = [
+        [f"{place['t']:g}", shown(place["loss"], ""), "" if place["gain"] is None else shown(place["gain"])]
+        for place in look["line"]["places"]
+    ]
+    return ["t", "loss (nats a token)", "below last by"], rows
 
 
 def text_words(look: Plain) -> str:
@@ -108,9 +132,9 @@ def missing_words(look: Plain) -> list[str]:
     return [f"{names[name]} left out: {why}." for name, why in look["left_out"].items()]
 
 
-def shown(estimate: Plain) -> str:
+def shown(estimate: Plain, sign: str = "+") -> str:
     """With its standard error."""
-    return f"{estimate['value']:+.4f} ± {estimate['standard_error']:.4f}"
+    return f"{estimate['value']:{sign}.4f} ± {estimate['standard_error']:.4f}"
 
 
 def _place(t: float) -> str:
