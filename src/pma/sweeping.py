@@ -22,7 +22,7 @@ from pma.evaluation.measures import TEXT, Measure, task_name
 from pma.formats.contracts import CheckpointReader
 from pma.quantities import Steps, Tokens, parse_distance
 from pma.remote import RemotePath
-from pma.results import Store, content_key
+from pma.results import STORE_FILE, Store, content_key
 from pma.trajectory import Trajectory, TrajectoryPoint, Window
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 Results = dict[str, Any]
 # called with tensors by name, the checkpoint whose configuration and tokenizer they go with, context_tokens
 Load = Callable[..., Any]
-STORE_FILE = Path(".pma") / "results.sqlite"
 
 
 def store_beside(run: Path) -> Path:

@@ -23,6 +23,8 @@ from pma.trajectory import Window
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pma.analysis.keeping import Budget
+    from pma.analysis.looking import Look
     from pma.diagnosis.diagnosing import Diagnosis
     from pma.evaluation.evaluate import Evaluation
     from pma.evaluation.tasks import Task, TaskResult
@@ -37,14 +39,17 @@ __all__ = [
     "Restart",
     "Window",
     "average",
+    "check_look",
     "diagnose",
     "evaluate",
     "evaluate_with_tasks",
     "held_out_documents",
     "init",
     "inspect",
+    "look",
     "merge",
     "newest",
+    "newest_by_default",
     "plan",
     "plan_init",
     "suggestion",
@@ -109,6 +114,57 @@ def init(
         return restart.write(planned, out, optimizer=optimizer, purpose=purpose, **how)
 
 
+def newest_by_default(choice: Choice) -> Choice:
+    """`choice` as a diagnosis takes it: across phases, which are told of and not refused; of a run without a
+    window the newest checkpoints, `MOST_BY_DEFAULT` at most.
+    """
+    from pma.diagnosis.diagnosing import MOST_BY_DEFAULT
+
+    choice = replace(choice, allow_mixed_phases=True)
+    if not _is_run(choice) or choice.window is not None or choice.preset:
+        return choice
+    found = trajectory.resolve(choice.paths, as_given=choice.as_given, pattern=choice.pattern)
+    upto = [p for p in found.points if choice.at is None or p.step is None or p.step <= choice.at]
+    window = Window(last=min(max(len(upto), 1), MOST_BY_DEFAULT), at=choice.at)
+    return replace(choice, window=window, at=None)
+
+
+def _is_run(choice: Choice) -> bool:
+    return choice.pattern is not None or not trajectory.is_checkpoint(choice.paths[0])
+
+
+def look(
+    choice: Choice,
+    documents: Sequence[Document],
+    options: MergeOptions | None = None,
+    *,
+    budget: Budget | None = None,
+    progress: Callable[[float, str], None] = lambda share, words: None,
+) -> Look:
+    """Look around the merge of `choice` with held-out `documents`: the line from last through it, slopes and
+    curvatures, the plane, routing of experts. See `pma.analysis.looking`.
+    """
+    from pma.analysis import looking
+
+    _, points = choice.points()
+    how: dict[str, Any] = {"as_given": choice.as_given, "budget": budget}
+    return looking.look(points, documents, options, **how, progress=progress)
+
+
+def check_look(
+    choice: Choice,
+    documents: Sequence[Document],
+    options: MergeOptions | None = None,
+    *,
+    budget: Budget | None = None,
+) -> None:
+    """All that `look` would raise before it reads a tensor."""
+    from pma.analysis import looking
+
+    _, points = choice.points()
+    looking.check(points, documents, options, as_given=choice.as_given, budget=budget)
+
+
 def average(choice: Choice, options: MergeOptions | None = None) -> dict[str, Tensor]:
     """Merge `choice` in memory: tensors by name."""
     with plan(choice, options) as planned:
@@ -127,16 +183,9 @@ def diagnose(
     Of a run without a window the newest checkpoints are taken, `MOST_BY_DEFAULT` at most. `log`: the
     training log, where it is not in the run's folder. Raises InputError for a single checkpoint.
     """
-    from pma.diagnosis.diagnosing import MOST_BY_DEFAULT
     from pma.diagnosis.diagnosing import diagnose as diagnosed
 
-    choice = replace(choice, allow_mixed_phases=True)  # to be told of, not refused
-    is_run = choice.pattern is not None or not trajectory.is_checkpoint(choice.paths[0])
-    if is_run and choice.window is None and not choice.preset:
-        found = trajectory.resolve(choice.paths, as_given=choice.as_given, pattern=choice.pattern)
-        upto = [p for p in found.points if choice.at is None or p.step is None or p.step <= choice.at]
-        window = Window(last=min(max(len(upto), 1), MOST_BY_DEFAULT), at=choice.at)
-        choice = replace(choice, window=window, at=None)
+    choice, is_run = newest_by_default(choice), _is_run(choice)
     curves = None
     try:
         curves = logs.read(log or (choice.paths[0] if is_run else choice.paths[-1].parent))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pma.analysis.windows import cut
+from pma.analysis.windows import cut, fitting
 from pma.errors import InputError
 
 
@@ -35,3 +35,16 @@ def test_short_documents_are_passed_over_and_too_little_text_is_told():
     assert set(cut([[1] * 3, [2] * 11], context_tokens=4, windows=2).document_W.tolist()) == {1}
     with pytest.raises(InputError, match="2 windows of 5 tokens, expected 3"):
         cut([[1] * 3, [2] * 11], context_tokens=4, windows=3)
+
+
+def test_windows_become_shorter_where_documents_are():
+    def shape(lengths, **how):
+        return fitting([[1] * length for length in lengths], **how).ids_WC.shape
+
+    assert shape([300] * 10, context_tokens=64, tokens=640) == (10, 65)
+    assert shape([300] * 10, context_tokens=64, tokens=10**6) == (40, 65)  # all there is
+    assert shape([40] * 10, context_tokens=64, tokens=640) == (10, 33)
+    assert shape([500, *[20] * 30], context_tokens=64, tokens=10**6) == (59, 17)  # most text is in short ones
+    assert shape([20, 20, 20], context_tokens=16, tokens=1) == (2, 17)  # two documents at least
+    with pytest.raises(InputError, match="no windows of 16 tokens"):
+        fitting([[1] * 500, [1] * 9], context_tokens=64, tokens=640)

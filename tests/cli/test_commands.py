@@ -349,9 +349,10 @@ FLAGS = {
     "--tasks --text --use --weights",
     "report": "--json --out",
     "spikes": "--grad-norm-name --json --last --log --loss-name --pattern --step-name",
+    "diagnose": "--as-given --at --every --exclude --json --last --log --memory --pattern --preset --store "
+    "--text --threads",
     "forecast": "--anneal --annealed --batch --calibration --context --curve --floor --from --json --law "
     "--out --probe --schedule --seed --steps --store --target --text --tokens --warmup",
-    "diagnose": "--as-given --at --every --exclude --json --last --log --memory --pattern --preset --threads",
     "pretrain": "--anneal --checkpoint-every --epochs --final-learning-rate --fork-from --instructions "
     "--json --learning-rate --no-interval-means --out --resume-from --schedule --seed --skip-steps "
     "--skip-tokens --start-from --text --tokens --warmup-steps",

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pma.analysis.parameters import Layout, Vector
 from pma.analysis.windows import TokenWindows
+from pma.evaluation.paired import Estimate, mean_estimate
 
 Values = NDArray[np.float64]
 BatchLoss = Callable[[Mapping[str, Tensor]], Tensor]
@@ -39,12 +40,13 @@ class Expansion:
 @dataclass(frozen=True, kw_only=True)
 class Surface:
     """L(θ) = Σ_b share_b L_b(θ) over batches of text. `batch_losses`: L_b of parameters by name, one a batch.
-    `share_B`: each batch's share of the tokens.
+    `share_B`: each batch's share of the tokens, `tokens` in all where it is of a text.
     """
 
     layout: Layout
     batch_losses: Sequence[BatchLoss]
     share_B: Values
+    tokens: int = 0
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
@@ -107,7 +109,7 @@ def of_model(
     mixture's balancing loss is left out.
     """
     model.set_attn_implementation("eager")
-    if getattr(model.config, "num_experts", None):
+    if any(getattr(model.config, name, None) for name in ("num_experts", "num_local_experts")):
         model.set_experts_implementation("eager")
     if hasattr(model.config, "output_router_logits"):
         model.config.output_router_logits = False
@@ -119,9 +121,18 @@ def of_model(
         layout=Layout.of_model(model),
         batch_losses=[_token_loss(model, torch.from_numpy(part.ids_WC).to(device)) for part in parts],
         share_B=tokens_B / tokens_B.sum(),
+        tokens=int(tokens_B.sum()),
         dtype=dtype,
         device=str(device),
     )
+
+
+def over_batches(value_B: ArrayLike, share_B: ArrayLike) -> Estimate:
+    """Mean over the text with its error over batches: they share no document, so they are the unit of
+    chance.
+    """
+    share = np.asarray(share_B, dtype=np.float64)
+    return mean_estimate(np.asarray(value_B, dtype=np.float64) * share, share)
 
 
 def _token_loss(model: Any, ids_WC: Tensor) -> BatchLoss:

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pma.analysis.windows import TokenWindows
 from pma.errors import InputError
+from pma.evaluation.paired import Estimate, by_document, mean_estimate
 
 Values = NDArray[np.float64]
 
@@ -54,16 +55,22 @@ def from_logits(logits_LTE: ArrayLike, *, top: int, document_T: ArrayLike) -> Ro
     return Routing(chosen_LTK=chosen, experts=logits.shape[-1], document_T=np.asarray(document_T))
 
 
+def has_experts(model: Any) -> bool:
+    """Whether the model's configuration says that tokens choose experts."""
+    return bool(getattr(model.config, "num_experts_per_tok", None))
+
+
 def of_model(model: Any, windows: TokenWindows, *, windows_a_batch: int = 16) -> Routing:
     """The routing of a mixture of transformers that tells its routers' logits (OLMoE and its like).
 
     Raises InputError for a model without routers.
     """
-    top = getattr(model.config, "num_experts_per_tok", None)
-    if not top:
+    if not has_experts(model):
         raise InputError(
             f"a {model.config.model_type} model has no experts, expected a mixture of experts such as OLMoE"
         )
+    if not hasattr(model.config, "output_router_logits"):
+        raise InputError(f"a {model.config.model_type} model does not tell its routers' logits")
     device = next(model.parameters()).device
     parts = []
     with torch.inference_mode():
@@ -72,7 +79,9 @@ def of_model(model: Any, windows: TokenWindows, *, windows_a_batch: int = 16) ->
             told = model(input_ids=ids_WC, use_cache=False, output_router_logits=True).router_logits
             parts.append(torch.stack(list(told)).float().cpu().numpy())
     document_T = np.repeat(windows.document_W, windows.ids_WC.shape[1] - 1)
-    return from_logits(np.concatenate(parts, axis=1), top=int(top), document_T=document_T)
+    return from_logits(
+        np.concatenate(parts, axis=1), top=int(model.config.num_experts_per_tok), document_T=document_T
+    )
 
 
 def agreement(a: Routing, b: Routing) -> Values:
@@ -86,6 +95,12 @@ def agreement(a: Routing, b: Routing) -> Values:
         )
     both = a.chosen_LTK[..., :, None] == b.chosen_LTK[..., None, :]
     return np.asarray(both.any(axis=-1).mean(axis=-1))
+
+
+def over_documents(value_T: ArrayLike, document_T: ArrayLike) -> Estimate:
+    """Mean over tokens with its error over the documents that they are of."""
+    documents, index_T = np.unique(np.asarray(document_T), return_inverse=True)
+    return mean_estimate(*by_document(index_T, value_T, len(documents)))
 
 
 def balance(load_LE: ArrayLike) -> Balance:

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from pma.errors import InputError
 
+SHORTEST_CONTEXT_TOKENS = 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenWindows:
@@ -27,6 +29,27 @@ class TokenWindows:
         parts = np.array_split(documents, min(count, len(documents)))
         chosen = [np.isin(self.document_W, part) for part in parts]
         return [TokenWindows(ids_WC=self.ids_WC[c], document_W=self.document_W[c]) for c in chosen]
+
+
+def fitting(documents: Sequence[Sequence[int]], *, context_tokens: int, tokens: int) -> TokenWindows:
+    """Windows with about `tokens` tokens together, or as many as there are. `context_tokens`: their length;
+    halved, down to `SHORTEST_CONTEXT_TOKENS`, where documents are so short that fewer than half of the tokens
+    could be had otherwise.
+
+    Raises InputError where two documents have no window.
+    """
+    context = context_tokens
+    while context >= SHORTEST_CONTEXT_TOKENS:
+        there_D = [len(document) // (context + 1) for document in documents]
+        few = sum(there_D) * context < min(tokens, sum(map(len, documents))) / 2
+        if sum(map(bool, there_D)) >= 2 and not (few and context // 2 >= SHORTEST_CONTEXT_TOKENS):
+            count = min(sum(there_D), max(2, tokens // context))
+            return cut(documents, context_tokens=context, windows=count)
+        context //= 2
+    raise InputError(
+        f"{len(documents)} documents have no windows of {SHORTEST_CONTEXT_TOKENS} tokens, expected two that "
+        "do; give longer documents"
+    )
 
 
 def cut(

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pma import verbs
+from pma.cli import looking
 from pma.cli import options as flags
 from pma.cli.output import command, note, progress, say, table
-from pma.errors import printable
+from pma.errors import UsageError, printable
 from pma.quantities import bytes_text, count_text
 from pma.remote import location
 
@@ -39,6 +40,16 @@ def diagnose(
     exclude: flags.Exclude = None,
     as_given: flags.AsGiven = False,
     pattern: flags.Pattern = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", help="Held-out text: adds the line through the merge, curvature, routing."),
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            "--store", metavar="FILE", help="With --text: where results are kept; RUN/.pma by default."
+        ),
+    ] = None,
     threads: flags.Threads = 2,
     memory: flags.Memory = flags.DEFAULT_MEMORY,
     json_output: flags.Json = False,
@@ -48,8 +59,15 @@ def diagnose(
 
     Each is read once; nothing is written or evaluated. Without --last it takes the newest 20.
 
+    With --text models are evaluated: last, the merge, and what lies on the line through them; half of the
+    documents are to choose by, and the other half is reported on.
+
     Example: pma diagnose runs/7b --last 12 --every 8B
+
+    Example: pma diagnose runs/7b --last 12 --every 8B --text held_out/
     """
+    if store is not None and not text:
+        raise UsageError("--store keeps what --text gives, of which there is none")
     chosen = flags.choice(
         sources,
         last=last,
@@ -60,10 +78,16 @@ def diagnose(
         pattern=pattern,
     )
     options = flags.merge_options("sma", exclude=exclude, threads=threads, memory=memory)
+    look = looking.planned(chosen, options, text, store) if text else None
     done = _read(chosen, options, log, quiet=json_output)
     if not json_output:
         show(done)
-    return done.to_json()
+    if look is None:
+        return done.to_json()
+    looked = looking.take(look, quiet=json_output)
+    if not json_output:
+        looking.show(look, looked)
+    return {**done.to_json(), "look": looked}
 
 
 def _read(chosen: verbs.Choice, options: verbs.MergeOptions, log: Path | None, *, quiet: bool) -> Diagnosis:

@@ -90,9 +90,9 @@ def _with_interval(value: float, error: float, degrees_of_freedom: float) -> Est
     return Estimate(value=value, standard_error=error, low=value - reach, high=value + reach)
 
 
-def by_document(document_of: Sequence[int], values: ArrayLike, documents: int) -> tuple[Values, Values]:
+def by_document(document_of: ArrayLike, values: ArrayLike, documents: int) -> tuple[Values, Values]:
     """Sums and counts of per-item `values` over the documents they come from, shapes (D,) and (D,)."""
-    index = np.asarray(document_of)
+    index = np.asarray(document_of, dtype=np.int64)
     sums: Values = np.bincount(index, np.asarray(values, dtype=np.float64), documents).astype(np.float64)
     counts: Values = np.bincount(index, minlength=documents).astype(np.float64)
     return sums, counts

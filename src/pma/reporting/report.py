@@ -12,6 +12,7 @@ from pma.errors import InputError
 from pma.formats.strict_json import load_object
 from pma.quantities import count_text
 from pma.reporting.charts import Series, comparison_chart, held_out_chart, training_chart
+from pma.reporting.look_sections import kept_sections
 from pma.reporting.page import Section, render
 from pma.reporting.table import comparison_table
 from pma.trajectory import discover
@@ -89,6 +90,7 @@ def _run_sections(folder: Path) -> tuple[str, str, list[Section]]:
     notes = [f"{undrawn} logged losses are not finite and not drawn."] if undrawn else []
     sections = [
         Section(heading="Training", paragraphs=notes, chart=training_chart([series])),
+        *kept_sections(folder),
         Section(heading="Checkpoints", columns=("checkpoint", "step", "tokens", "lr", "phase"), rows=rows),
     ]
     return f"Run {folder.name}", lead, sections

@@ -20,6 +20,8 @@ from blake3 import blake3
 
 from pma.errors import FormatError, InputError, PmaError, SpaceError, UsageError, printable
 
+#: where a run's results are, in the run
+STORE_FILE = Path(".pma") / "results.sqlite"
 _APPLICATION_ID = int.from_bytes(b"PMAr")
 _VERSION = 1
 _BUSY_SECONDS = 60

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from pma.reporting.charts import COLOURS, finished, require_altair
+from pma.reporting.contour_chart import contour_ground
 from pma.studies.seeds import shown
 from pma.studies.telling import Finding, Table, Told, Verdict, most, sign_verdict
 
 PLANES = {"three": "plane through three", "principal": "two principal directions"}
-_CELLS, _LEVELS, _WIDTH = 60, 12, 300
+_WIDTH = 300
 
 
 def tell(results: dict[str, Any]) -> Told:
@@ -118,52 +117,9 @@ def draw(results: dict[str, Any]) -> Any:
 
 
 def _panel(alt: Any, plane: dict[str, Any], title: str) -> Any:
-    x, y, loss = _finer(plane)
-    dx, dy = ((each[1] - each[0]) * 0.55 for each in (x, y))  # a little over half, or gaps shine through
-    cells = [
-        f"{a - dx:.6g},{a + dx:.6g},{b - dy:.6g},{b + dy:.6g},{loss[j, i]:.6g}"
-        for j, b in enumerate(y)
-        for i, a in enumerate(x)
-    ]
-    # as text, since Altair checks every one of thousands of values
-    table = alt.InlineData(values="\n".join(["x,x2,y,y2,loss", *cells]), format=alt.CsvDataFormat(type="csv"))
-    # levels crowd at the bottom, where the models are
-    levels = np.quantile(loss, np.linspace(0, 1, _LEVELS + 1))[1:-1]
-    colour = alt.Color(
-        "loss:Q",
-        title="loss",
-        scale=alt.Scale(type="threshold", domain=[float(f"{v:.5g}") for v in levels], range=_shades(_LEVELS)),
-        legend=alt.Legend(format=".3f", labelFontSize=9),
-    )
-    ground = (
-        alt.Chart(table)
-        .mark_rect()
-        .encode(
-            x=alt.X("x:Q", title="distance along the first axis", scale=alt.Scale(nice=False, zero=False)),
-            x2="x2:Q",
-            y=alt.Y("y:Q", title="along the second", scale=alt.Scale(nice=False, zero=False)),
-            y2="y2:Q",
-            color=colour,
-        )
-    )
+    titles = ("distance along the first axis", "along the second")
+    ground = contour_ground(alt, plane["x"], plane["y"], plane["loss"], titles=titles)
     return (ground + _marks(alt, plane)).properties(width=_WIDTH, height=_WIDTH, title=title)
-
-
-def _shades(count: int) -> list[str]:
-    """From pale, the lowest loss, to dark."""
-    pale, dark = np.array([247, 251, 255]), np.array([33, 84, 138])
-    mixed = [pale + (dark - pale) * share for share in np.linspace(0, 1, count)]
-    return ["#" + "".join(f"{round(part):02x}" for part in each) for each in mixed]
-
-
-def _finer(plane: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """The losses between the grid's points, by a spline through them, so that bands look like contours."""
-    from scipy.interpolate import RectBivariateSpline
-
-    x, y = np.array(plane["x"]), np.array(plane["y"])
-    spline = RectBivariateSpline(y, x, np.array(plane["loss"]))
-    fine_x, fine_y = (np.linspace(each[0], each[-1], _CELLS) for each in (x, y))
-    return fine_x, fine_y, spline(fine_y, fine_x)
 
 
 def _marks(alt: Any, plane: dict[str, Any]) -> Any:

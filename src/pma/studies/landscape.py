@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pma.analysis import windows
+from pma.analysis import curvature, windows
 from pma.analysis.curvature import Surface, of_model
 from pma.analysis.parameters import Layout, Vector
 from pma.analysis.windows import TokenWindows
 from pma.engine import average
 from pma.evaluation.model import load_scorer
-from pma.evaluation.paired import mean_estimate
 from pma.evaluation.scoring import Scorer
 from pma.studies.making import Run
 from pma.studies.measuring import Measured, beginnings
@@ -53,9 +52,8 @@ def surface(scorer: Scorer, text: TokenWindows, *, batches: int) -> Surface:
 
 
 def over_batches(value_B: Values, share_B: Values) -> dict[str, float]:
-    """Mean over the text with its 95% interval: batches share no document, so they are the unit of chance."""
-    estimate = asdict(mean_estimate(value_B * share_B, share_B))
-    return {key: float(value) for key, value in estimate.items()}
+    """Mean over the text with its 95% interval, as plain values."""
+    return {key: float(value) for key, value in asdict(curvature.over_batches(value_B, share_B)).items()}
 
 
 def rounded(values: Any, digits: int = 6) -> Any:

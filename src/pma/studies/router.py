@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from pma.analysis import routing
 from pma.analysis.routing import Balance, Routing
-from pma.evaluation.paired import mean_estimate
 from pma.studies import landscape, router_telling, seeds
 from pma.studies.lab import HELD_OUT, Lab
 from pma.studies.landscape import over_batches, rounded
@@ -117,11 +116,9 @@ def _at_point(home: Path, preset: Preset, fork: Anneal, wanted: dict[str, Measur
 
 
 def _by_document(value_T: Values, document_T: NDArray[np.int64]) -> dict[str, float]:
-    """Mean over tokens with its interval over documents."""
-    documents, index_T = np.unique(document_T, return_inverse=True)
-    sums_D = np.bincount(index_T, value_T, len(documents))
-    counts_D = np.bincount(index_T, minlength=len(documents))
-    return {key: float(value) for key, value in asdict(mean_estimate(sums_D, counts_D)).items()}
+    """Mean over tokens with its interval over documents, as plain values."""
+    found = asdict(routing.over_documents(value_T, document_T))
+    return {key: float(value) for key, value in found.items()}
 
 
 def _difference(

@@ -156,35 +156,58 @@ def store_mean(checkpoint: Path, tensors: Mapping[str, Any], **record: Any) -> P
 
 
 def tiny_llama_run(
-    folder: Path, steps: int = 3, *, max_shard_size: str = "1GB", dtype: str = "float32"
+    folder: Path,
+    steps: int = 3,
+    *,
+    max_shard_size: str = "1GB",
+    dtype: str = "float32",
+    experts: int = 0,
+    spread: float = 1.0,
 ) -> list[Path]:
-    """Checkpoints of a real transformers Llama with a real tokenizer, weights drawn at random."""
+    """Checkpoints of a real transformers Llama, or with `experts` of an OLMoE, with a real tokenizer. Weights
+    are drawn at random; with a `spread` below 1 they lie so much nearer the first checkpoint's.
+    """
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
 
-    words = {chr(code): code - 32 for code in range(32, 127)} | {"<|endoftext|>": 95}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
-    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>")
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=95,
-    )
-    paths = []
+    tokenizer = _tiny_tokenizer()
+    common: dict[str, Any] = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": 95,
+    }
+    paths, first = [], dict[str, Any]()
     for number in range(1, steps + 1):
         torch.manual_seed(number)
-        model = LlamaForCausalLM(config).to(getattr(torch, dtype))
+        if experts:
+            mixture = OlmoeConfig(**common, num_experts=experts, num_experts_per_tok=2, pad_token_id=None)
+            model: Any = OlmoeForCausalLM(mixture)
+        else:
+            model = LlamaForCausalLM(LlamaConfig(**common))
+        first = first or {name: value.detach().clone() for name, value in model.named_parameters()}
+        for name, value in model.named_parameters():
+            value.data.lerp_(first[name], 1 - spread)
+        model = model.to(getattr(torch, dtype))
         path = folder / f"checkpoint-{number * 10}"
         model.save_pretrained(path, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(path)
         write_trainer_state(path, number * 10)
         paths.append(path)
     return paths
+
+
+def _tiny_tokenizer() -> Any:
+    """A token a printable ASCII character."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {chr(code): code - 32 for code in range(32, 127)} | {"<|endoftext|>": 95}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<|endoftext|>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>")
