@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ Results = dict[str, Any]
 # called with tensors by name, the checkpoint whose configuration and tokenizer they go with, context_tokens
 Load = Callable[..., Any]
 STORE_FILE = Path(".pma") / "results.sqlite"
+_WRITE_SECONDS = 2.0
 
 
 def store_beside(run: Path) -> Path:
@@ -95,14 +97,37 @@ def evaluate_each(
         announce(f"evaluating {number + 1} of {len(places)}")
         check_unchanged(plan)  # or a result would be kept under the name of what was there before
         scorer = make(tensors, plan.sources[-1].point.path, context_tokens=context_tokens)
-        for measure in missing[place]:
-            found = done[place][measure.name] = measure.run(merge[:12], scorer)
-            store.put(merge, measure.key, merge=_described(plan), result=found.to_json())
+        keep = _Keeper(store, merge, plan)
+        try:
+            for measure in missing[place]:
+                found = done[place][measure.name] = measure.run(merge[:12], scorer)
+                keep.add(measure.key, found.to_json())
+        finally:
+            keep.write()  # also what was done before an interrupt
 
     begin([asked[place].plan for place in places])
     if places:
         engine.sweep_in_memory([asked[place].plan for place in places], use)
     return done, sum(len(each.measures) for each in asked) - sum(map(len, missing.values()))
+
+
+class _Keeper:
+    """Puts a merge's results into the store, those that come at once together: a write waits for the disk."""
+
+    def __init__(self, store: Store, merge: str, plan: Plan) -> None:
+        self._store, self._merge, self._plan = store, merge, plan
+        self._results: dict[str, dict[str, Any]] = {}
+        self._written_at = time.monotonic()
+
+    def add(self, key: str, result: dict[str, Any]) -> None:
+        self._results[key] = result
+        if time.monotonic() - self._written_at > _WRITE_SECONDS:
+            self.write()
+
+    def write(self) -> None:
+        if self._results:
+            self._store.put_all(self._merge, self._results, merge=_described(self._plan))
+        self._results, self._written_at = {}, time.monotonic()
 
 
 def _load_scorer() -> Load:

@@ -45,11 +45,11 @@ class Cell:
     @property
     def name(self) -> str:
         """A name for people and for a folder."""
-        every = "" if self.every is None else f"-every{_exact_text(self.every)}"
+        every = "" if self.every is None else f"-every{distance_text(self.every)}"
         return f"{self.scheme.replace(':', '-')}-last{self.last}{every}-at{self.at}"
 
 
-def _exact_text(distance: Steps | Tokens) -> str:
+def distance_text(distance: Steps | Tokens) -> str:
     """As `8Btokens` where that is exact, else all digits: names must differ where distances do."""
     short = str(distance).replace(" ", "")
     if parse_distance(short) == distance:
@@ -121,11 +121,13 @@ class Plans:
         scheme: str,
         use: str | None = None,
         *,
-        as_given: bool = False,
+        weights: tuple[float, ...] | None = None,
     ) -> int:
-        """Where the merge of `points` lies among the plans. `use`: the options' own by default."""
-        options = replace(self.options, scheme=scheme, use=use or self.options.use)
-        plan = engine.plan(points, options, as_given=as_given, opened=self._opened)
+        """Where the merge of `points`, oldest first, lies among the plans. `use`: the options' own by
+        default. `weights`: given ones, instead of the scheme's.
+        """
+        options = replace(self.options, scheme=scheme, use=use or self.options.use, weights=weights)
+        plan = engine.plan(points, options, opened=self._opened)
         place = self._places.setdefault(merge_key(plan), len(self._plans))
         if place == len(self._plans):
             self._plans.append(plan)
