@@ -3,6 +3,7 @@
 from collections import Counter
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from pma.evaluation.text import Document
 from pma.quantities import Steps, Tokens
 from pma.sweeping import Outcome, Space, findings
 from pma.sweeping.halves import halved
+from pma.trajectory import Preset
 
 from .scripted import Reading, losses, searched, text, write_run
 
@@ -216,6 +218,31 @@ def test_runs_and_texts_that_are_too_small(tmp_path: Path) -> None:
         searched(run, DOCUMENTS[:7], None, Space(lasts=(2,)))
     with pytest.raises(UsageError, match="--best 1: a merge"):
         Space(best=(1,))
+
+
+def test_its_own_choice_is_what_the_run_has(run: Path) -> None:
+    outcome = searched(run, DOCUMENTS, PLENTY)
+    windows = {(w.last, w.every and w.every.count, w.scheme) for w in outcome.field.windows}
+    shapes = [(3, None), (6, None), (10, None), (20, None), (3, 20), (6, 20), (10, 20), (3, 40), (6, 40)]
+    assert windows == {(*shape, scheme) for shape in shapes for scheme in ("sma", "wma", "ema:0.2")}
+    assert (len(outcome.field.pool), outcome.field.best) == (20, (3, 10))
+    assert outcome.field.plain.last == 10
+    assert len(outcome.ranked) == 1 + len(windows) + 2 * 5
+    assert findings(outcome)["skipped"] == []
+
+
+def test_the_plain_window_is_the_papers_where_it_had_such_models(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plain(**size: Any) -> tuple[int, Tokens | Steps | None]:
+        known = {"last": 4, "every_tokens": 3000, "extrapolated": False, "capped": False}
+        monkeypatch.setattr("pma.choosing._preset", lambda found: Preset(**{**known, **size}))
+        contender = searched(run, DOCUMENTS, None).field.plain
+        return contender.last, contender.every
+
+    assert plain() == (4, Tokens(3000))
+    assert plain(extrapolated=True) == plain(capped=True) == (10, None)
+    assert plain(last=9) == (10, None)  # the run is not that long
 
 
 def test_ends_of_windows_are_searched_too(run: Path) -> None:

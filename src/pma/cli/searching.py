@@ -45,7 +45,7 @@ def parsed_budget(text: str | None) -> float | Tokens | None:
     return budget
 
 
-def found(
+def run_search(
     sources: Sequence[Path],
     space: Space,
     options: MergeOptions,
@@ -53,19 +53,24 @@ def found(
     budget: float | Tokens | None,
     store: Path,
     context_tokens: int | None,
+    *,
+    as_json: bool,
 ) -> dict[str, Any]:
-    """Search, and say what is going on."""
-    run = sweeping.of_a_run(sources)
-    for path, reason in run.left_out:
+    """Search, and say what is going on and, unless `as_json`, what was found."""
+    found = sweeping.of_a_run(sources)
+    for path, reason in found.left_out:
         note(f"left out: {path}: {reason}")
     with sweeping.planner(options) as plans, Store(store) as opened:
-        field = sweeping.field(run, space, plans)
+        field = sweeping.field(found, space, plans)
         for reason in field.skipped:
             note(f"skipped: {reason}")
         how = How(context_tokens=context_tokens, begin=_begin, announce=note)
         outcome = sweeping.search(field, plans, documents, budget, opened, how)
     command = merge_command(outcome.winner, sources, space, options)
-    return {"search": sweeping.findings(outcome), "command": command, "store": str(store)}
+    result = {"search": sweeping.findings(outcome), "command": command, "store": str(store)}
+    if not as_json:
+        show(result)
+    return result
 
 
 def _begin(what: str, missing: Sequence[Plan]) -> None:
@@ -137,6 +142,8 @@ def show(result: dict[str, Any]) -> None:
         f"The half it was chosen by shows a gain of {found['winner']['selection']['gain']['value']:+.4f}: "
         f"{_with_error(flattered, '+.4f')} more than the other."
     )
+    if found["winner_is_longest"]:
+        say("No window had more checkpoints; longer ones may be better still: widen the search with --last.")
     if result["command"] is None:
         say("No merge was better than the last checkpoint.")
     else:

@@ -140,12 +140,10 @@ def sweep(
             allow_mixed_phases=allow_mixed_phases,
         )
         documents = verbs.held_out_documents(text or (), sources[0])
-        found = searching.found(
-            sources, space, options, documents, searching.parsed_budget(budget), kept, context
+        spend = searching.parsed_budget(budget)
+        return searching.run_search(
+            sources, space, options, documents, spend, kept, context, as_json=json_output
         )
-        if not json_output:
-            searching.show(found)
-        return found
     if budget is not None or best is not None:
         raise UsageError("--budget and --best go with --search")
     if lasts is None:

@@ -17,9 +17,11 @@ from pma.quantities import Steps, Tokens
 from pma.sweeping.grid import Cell, Grid, Plans, cells_of
 from pma.trajectory import Trajectory, TrajectoryPoint, Window
 
-LASTS = (3, 6, 10, 15, 20)
+LASTS = (3, 6, 10, 20)
+#: every checkpoint, every second, every fourth
+SPACINGS = (1, 2, 4)
 SCHEMES = ("sma", "wma", "ema:0.2")
-BEST = (3, 6, 10)
+BEST = (3, 10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,12 +202,13 @@ def _lasts(recent: Sequence[TrajectoryPoint]) -> tuple[int, ...]:
 
 
 def _everys(recent: Sequence[TrajectoryPoint]) -> tuple[Steps | Tokens | None, ...]:
-    """Every checkpoint, and every other one where their distances are known."""
+    """Every checkpoint, and where their distances are known also every few of them."""
     steps = [point.step for point in recent if point.step is not None]
     gaps = sorted(b - a for a, b in pairwise(steps))
     if len(steps) < len(recent) or not gaps:
         return (None,)
-    return (None, Steps(2 * gaps[len(gaps) // 2]))
+    spacing = gaps[len(gaps) // 2]
+    return (None, *(Steps(count * spacing) for count in SPACINGS[1:]))
 
 
 def _plain(

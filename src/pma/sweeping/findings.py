@@ -30,6 +30,7 @@ def findings(outcome: Outcome) -> dict[str, Any]:
         "tokens_read": outcome.tokens_read,
         "tokens_known": outcome.tokens_known,
         "candidates": len(outcome.ranked),
+        "skipped": list(outcome.field.skipped),
         "parts": len(halves.parts),
         "documents": {"selection": len(halves.selection), "report": len(halves.report)},
         "tokens": {"selection": sum(selected["last"].tokens), "report": sum(reported["last"].tokens)},
@@ -47,6 +48,7 @@ def findings(outcome: Outcome) -> dict[str, Any]:
             **described(outcome.field.last),
             "report": {"loss": asdict(reported["last"].loss)},
         },
+        "winner_is_longest": _is_longest(outcome),
         "winner_is_plain": outcome.winner.plan == outcome.field.plain.plan,
         "winner_below_plain": asdict(loss_difference(reported["plain"], reported["winner"])),
         "flattered_by": {
@@ -56,6 +58,12 @@ def findings(outcome: Outcome) -> dict[str, Any]:
         },
         "ranked": [_row(ranked, outcome) for ranked in outcome.ranked],
     }
+
+
+def _is_longest(outcome: Outcome) -> bool:
+    """Whether the winner is a window with as many checkpoints as any: longer ones may be better still."""
+    most = max(window.last for window in outcome.field.windows)
+    return outcome.winner.best_of is None and outcome.winner.last == most
 
 
 def described(contender: Contender) -> dict[str, Any]:
