@@ -4,14 +4,14 @@ calibrated forecast made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from pma import engine, sweeping, trajectory
+from pma import sweeping, trajectory
+from pma.engine import MergeOptions, Plan
 from pma.errors import InputError
 from pma.evaluation.evaluate import Evaluation, loss_difference
 from pma.evaluation.measures import TEXT, Measure
@@ -20,11 +20,10 @@ from pma.forecast.outlook import Outlook, outlook
 from pma.forecast.probes import Probe
 from pma.forecast.schedules import from_pairs
 from pma.forecast.windows import probe_windows
-from pma.formats.contracts import CheckpointReader
 from pma.pretraining import fork, run_folder
 from pma.pretraining.train import Progress
 from pma.results import Store
-from pma.sweeping import Sweep, merge_key
+from pma.sweeping.evaluating import Asked, evaluate_each
 from pma.trajectory import KEPT_FOLDER, Phase, Trajectory, TrajectoryPoint
 
 #: a probe's length, of the steps from the run's beginning to the end of the decay
@@ -45,7 +44,7 @@ class Bench:
     store: Store
     context_tokens: int | None = None
     announce: Callable[[str], None] = lambda text: None
-    new: Callable[[Sequence[engine.Plan]], None] = lambda plans: None
+    new: Callable[[Sequence[Plan]], None] = lambda plans: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,35 +108,20 @@ def evidence(points: Sequence[TrajectoryPoint], from_step: int, bench: Bench) ->
 
 def evaluated(windows: Sequence[Sequence[TrajectoryPoint]], bench: Bench) -> list[Evaluation]:
     """The plain average of each window, evaluated; what the store has is taken from there."""
-    with _planned(windows) as (sweep, places):
-        results, _ = sweeping.evaluate(
-            sweep,
-            [bench.measure],
+    with sweeping.planner(MergeOptions()) as plans:
+        places = [plans.place(window, "sma") for window in windows]
+        asked = [
+            Asked(plan=plan, key=key, measures=[bench.measure])
+            for plan, key in zip(plans.plans, plans.keys, strict=True)
+        ]
+        results, _ = evaluate_each(
+            asked,
             bench.store,
             context_tokens=bench.context_tokens,
             announce=bench.announce,
             begin=bench.new,
         )
     return [results[place][TEXT] for place in places]
-
-
-@contextmanager
-def _planned(windows: Sequence[Sequence[TrajectoryPoint]]) -> Iterator[tuple[Sweep, list[int]]]:
-    """The windows' distinct plans, and which of them each window has. Every checkpoint is opened once."""
-    opened: dict[Path, CheckpointReader] = {}
-    try:
-        by_key: dict[str, engine.Plan] = {}
-        keys = []
-        for window in windows:
-            plan = engine.plan(window, opened=opened)
-            keys.append(merge_key(plan))
-            by_key.setdefault(keys[-1], plan)
-        names = tuple(by_key)
-        sweep = Sweep(cells=(), plans=tuple(by_key.values()), keys=names, raw={}, skipped=(), left_out=())
-        yield sweep, [names.index(key) for key in keys]
-    finally:
-        for reader in opened.values():
-            reader.close()
 
 
 def known_decay(path: Path, points: Sequence[TrajectoryPoint], bench: Bench) -> Case:

@@ -11,6 +11,9 @@ from pma.errors import UsageError
 from pma.quantities import Tokens, distance_flag
 from pma.trajectory import Phase, Preset, Trajectory, TrajectoryPoint, Window
 
+#: checkpoints of a window for which the paper has no size
+PLAIN_LAST = 10
+
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
@@ -57,6 +60,17 @@ def preset_window(found: Trajectory, *, at: int | None = None) -> Window:
             "--every in steps"
         )
     return Window(last=size.last, every=Tokens(size.every_tokens), at=at)
+
+
+def plain_window(found: Trajectory, *, at: int | None = None) -> Window:
+    """What anyone would take: the paper's window where the paper had models of this size and the run counts
+    its tokens, else the last ten checkpoints.
+    """
+    size = _preset(found)
+    untold = any(point.tokens is None for point in found.points)
+    if size.extrapolated or size.capped or untold:
+        return Window(last=PLAIN_LAST, at=at)
+    return preset_window(found, at=at)
 
 
 def suggestion(found: Trajectory) -> str:

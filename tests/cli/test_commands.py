@@ -341,9 +341,9 @@ FLAGS = {
     "--exclude --fresh --hash-sources --inside-run --json --last --like --map --measure-roofline --memory "
     "--out --pattern --preset --scheme --sha256 --staging --threads --to --use --weights "
     "--with-optimizer",
-    "sweep": "--allow-mixed-phases --allow-nonfinite --at --break-lock --cloze --context --copy --dtype "
-    "--every --exclude --fresh --json --last --limit --memory --scheme --staging --store --tasks --text "
-    "--threads --use --weights --write",
+    "sweep": "--allow-mixed-phases --allow-nonfinite --at --best --break-lock --budget --cloze --context "
+    "--copy --dtype --every --exclude --fresh --json --last --limit --memory --scheme --search --staging "
+    "--store --tasks --text --threads --use --weights --write",
     "verify": "--full --json --samples",
     "eval": "--annealed --at --cloze --context --every --json --last --limit --merge --preset --scheme "
     "--tasks --text --use --weights",

@@ -61,6 +61,16 @@ def test_the_first_result_stays(tmp_path: Path) -> None:
         assert [(row.merge, row.result) for row in store.rows()] == [(MERGE, {"loss": 1.0})]
 
 
+def test_several_results_of_one_merge_are_kept_together_or_not_at_all(tmp_path: Path) -> None:
+    with Store(filled(tmp_path / "r.sqlite")) as store:
+        store.put_all("m0", {"e": {"loss": 9.0}, "f": {"loss": 1.0}}, merge=MERGE)
+        assert store.get("m0", "e") == {"loss": 3.0, "text": "x" * 500}
+        assert store.get("m0", "f") == {"loss": 1.0}
+        with pytest.raises(ValueError, match="JSON"):
+            store.put_all("m0", {"g": {"loss": 1.0}, "h": {"loss": float("nan")}}, merge=MERGE)
+        assert store.get("m0", "g") is None
+
+
 def test_rows_of_one_evaluation_in_the_order_put(tmp_path: Path) -> None:
     with Store(tmp_path / "s") as store:
         for merge_key, evaluation_key in (("z", "e"), ("y", "f"), ("a", "e")):

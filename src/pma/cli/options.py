@@ -139,6 +139,11 @@ _DTYPES = {"float16": DType.F16, "bfloat16": DType.BF16, "float32": DType.F32, "
 _DTYPES |= {"fp16": DType.F16, "bf16": DType.BF16, "fp32": DType.F32, "fp64": DType.F64}
 
 
+def dtype_name(dtype: DType) -> str:
+    """What `--dtype` calls it."""
+    return next(name for name, known in _DTYPES.items() if known is dtype)
+
+
 def choice(
     sources: list[Path],
     *,

@@ -10,15 +10,16 @@ import typer
 
 from pma import engine, sweeping, verbs
 from pma.cli import options as flags
+from pma.cli import searching
 from pma.cli.output import command, note, say, table
 from pma.cli.transfer import sending, transfer
 from pma.engine import SNAPSHOTS, How, Plan
 from pma.errors import MissingExtra, UsageError
 from pma.evaluation.measures import Measure, task_measure, text_measure
-from pma.quantities import bytes_text, parse_distance
+from pma.quantities import Steps, Tokens, bytes_text, parse_distance
 from pma.remote import location
 from pma.results import Store
-from pma.sweeping import Grid, Sweep
+from pma.sweeping import Grid, Space, Sweep
 
 _MEMORY = "2GiB"
 _SHOWN = 20
@@ -31,7 +32,9 @@ def register(app: typer.Typer) -> None:
 
 def sweep(
     sources: flags.Sources,
-    last: Annotated[str, typer.Option("--last", metavar="N,N,…", help="Numbers of checkpoints.")],
+    last: Annotated[
+        str | None, typer.Option("--last", metavar="N,N,…", help="Numbers of checkpoints.")
+    ] = None,
     every: Annotated[
         str | None, typer.Option("--every", metavar="V,V,…", help="Distances: 8B (tokens) or 400 (steps).")
     ] = None,
@@ -40,8 +43,25 @@ def sweep(
         typer.Option("--at", metavar="STEP,…", help="Steps at which windows end; the newest by default."),
     ] = None,
     scheme: Annotated[
-        str, typer.Option("--scheme", metavar="S,S,…", help="Schemes, as in pma merge.")
-    ] = "sma",
+        str | None,
+        typer.Option("--scheme", metavar="S,S,…", help="Schemes, as in pma merge; sma by default."),
+    ] = None,
+    search: Annotated[
+        bool,
+        typer.Option("--search", help="Choose on half of the text within a budget, report on the other."),
+    ] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget", metavar="EVALS", help="Readings of the text (20), or tokens (5M), that it may take."
+        ),
+    ] = None,
+    best: Annotated[
+        str | None,
+        typer.Option(
+            "--best", metavar="K,K,…", help="Also merge the K best recent checkpoints; none for none."
+        ),
+    ] = None,
     write: Annotated[
         Path | None,
         typer.Option(
@@ -83,13 +103,18 @@ def sweep(
     Evaluates each merge without writing it, and keeps the results: a repeated or wider sweep computes only
     what is new. With --write each is written as pma merge would, to the bit.
 
+    With --search it chooses on one half of the text, where what is behind is dropped early, and reports the
+    winner on the other. --last, --every, --at, --scheme, --best say what it tries; it chooses what is left
+    out.
+
     Example: pma sweep run --last 3,6,10 --every 25,50 --scheme sma,wma,ema:0.2,1-sqrt
 
     Example: pma sweep run --last 3,6,10 --tasks evals/ --limit 500
+
+    Example: pma sweep run --search --budget 20
     """
     if weights is not None and not tasks:
         raise UsageError("--weights weighs --tasks, of which there are none")
-    grid = _grid(last, every, at, scheme, allow_mixed_phases=allow_mixed_phases)
     options = flags.merge_options(
         "sma",
         None,
@@ -100,6 +125,35 @@ def sweep(
         allow_nonfinite=allow_nonfinite,
         threads=threads,
         memory=memory,
+    )
+    lasts, everys, ats = _numbers(last, "--last"), _distances(every), _numbers(at, "--at")
+    schemes = tuple(scheme.split(",")) if scheme else None
+    kept = store or sweeping.store_beside(sources[0])
+    if search:
+        searching.refuse_for_search(write=write is not None, tasks=bool(tasks))
+        space = Space(
+            lasts=lasts,
+            everys=everys,
+            ats=ats or (None,),
+            schemes=schemes,
+            best=() if best == "none" else _numbers(best, "--best"),
+            allow_mixed_phases=allow_mixed_phases,
+        )
+        documents = verbs.held_out_documents(text or (), sources[0])
+        spend = searching.parsed_budget(budget)
+        return searching.run_search(
+            sources, space, options, documents, spend, kept, context, as_json=json_output
+        )
+    if budget is not None or best is not None:
+        raise UsageError("--budget and --best go with --search")
+    if lasts is None:
+        raise UsageError("which windows? Say --last N,N,…, or --search to have them chosen")
+    grid = Grid(
+        lasts=lasts,
+        everys=everys or (None,),
+        ats=ats or (None,),
+        schemes=schemes or ("sma",),
+        allow_mixed_phases=allow_mixed_phases,
     )
     with sweeping.planned(sources, grid, options) as planned:
         result = _announced(planned)
@@ -114,7 +168,6 @@ def sweep(
                 measures = [task_measure(task, context_tokens=context) for task in ready]
                 if documents:
                     measures.insert(0, text_measure(documents, cloze=cloze, context_tokens=context))
-                kept = store or sweeping.store_beside(sources[0])
                 _evaluate(planned, measures, shares, kept, context, result)
             if not json_output:
                 _show(result)
@@ -141,20 +194,17 @@ def _evaluate(
     result |= {"rows": rows, "from_store": known, "store": str(store), "pictures": pictures}
 
 
-def _grid(last: str, every: str | None, at: str | None, scheme: str, *, allow_mixed_phases: bool) -> Grid:
-    return Grid(
-        lasts=tuple(_whole(part, "--last") for part in last.split(",")),
-        everys=tuple(parse_distance(part) for part in every.split(",")) if every else (None,),
-        ats=tuple(_whole(part, "--at") for part in at.split(",")) if at else (None,),
-        schemes=tuple(scheme.split(",")),
-        allow_mixed_phases=allow_mixed_phases,
-    )
-
-
-def _whole(text: str, flag: str) -> int:
-    if not text.strip().isdecimal():
+def _numbers(text: str | None, flag: str) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
         raise UsageError(f"{flag} {text!r}: expected whole numbers separated by commas, such as 3,6,10")
-    return int(text)
+    return tuple(map(int, parts))
+
+
+def _distances(text: str | None) -> tuple[Steps | Tokens, ...] | None:
+    return tuple(map(parse_distance, text.split(","))) if text else None
 
 
 def _announced(planned: Sweep) -> dict[str, Any]:

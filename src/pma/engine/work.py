@@ -61,11 +61,14 @@ def shared_work(plans: Sequence[Plan]) -> Work:
     for reader in readers.values():
         _ = reader.layout_digest  # finds where all tensors lie: what is damaged shows before the work
     order = _order(plans, list(readers))
+    members_K = [[order.index(reader.path) for reader in plan.readers] for plan in plans]
+    # a merge begins with its first member: what was added to it before that would be lost
+    assert all(members == sorted(members) for members in members_K)
     first = plans[0]
     options = first.options
     return Work(
         readers=[readers[path] for path in order],
-        recipes=[_recipe([order.index(r.path) for r in plan.readers], plan.weights) for plan in plans],
+        recipes=[_recipe(members, plan.weights) for members, plan in zip(members_K, plans, strict=True)],
         blocks=first.blocks,
         tile_bytes=tile_bytes_within(options.memory_bytes, options.threads, merges=len(plans)),
         threads=options.threads,

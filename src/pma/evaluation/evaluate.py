@@ -86,6 +86,19 @@ def evaluate(name: str, scorer: Scorer, documents: Sequence[Document], *, cloze:
     )
 
 
+def joined(parts: Sequence[Evaluation]) -> Evaluation:
+    """One evaluation, without cloze, of several texts that one model read one by one."""
+    digests = "\0".join(part.text_digest for part in parts)
+    return Evaluation(
+        name=parts[0].name,
+        text_digest=hashlib.blake2b(digests.encode(), digest_size=16).hexdigest(),
+        context_tokens=parts[0].context_tokens,
+        text_bytes=sum(part.text_bytes for part in parts),
+        nats=tuple(nats for part in parts for nats in part.nats),
+        tokens=tuple(tokens for part in parts for tokens in part.tokens),
+    )
+
+
 def loss_difference(a: Evaluation, b: Evaluation) -> Estimate:
     """Loss of a minus loss of b, paired by document. Raises InputError where they are not of the same
     tokens.

@@ -98,13 +98,16 @@ class Store:
 
         Raises ValueError and TypeError as `content_key` does, and SpaceError where the disk is full.
         """
-        texts = _canonical_json(merge), _canonical_json(result)
-        made_at = datetime.now(UTC).isoformat(timespec="seconds")
+        self.put_all(merge_key, {evaluation_key: result}, merge=merge)
+
+    def put_all(
+        self, merge_key: str, results: Mapping[str, Mapping[str, Any]], *, merge: Mapping[str, Any]
+    ) -> None:
+        """`put` of several results of one merge, by evaluation key: all of them or none, in one write."""
+        about, made_at = _canonical_json(merge), datetime.now(UTC).isoformat(timespec="seconds")
+        rows = [(merge_key, key, about, _canonical_json(result), made_at) for key, result in results.items()]
         with self._writing() as connection:
-            connection.execute(
-                "INSERT OR IGNORE INTO evaluations VALUES (?, ?, ?, ?, ?)",
-                (merge_key, evaluation_key, *texts, made_at),
-            )
+            connection.executemany("INSERT OR IGNORE INTO evaluations VALUES (?, ?, ?, ?, ?)", rows)
 
     def prepare(self) -> None:
         """Make folder, file and table now: before long work, to learn whether its results can be kept."""

@@ -1,0 +1,83 @@
+"""A text in two halves, one to choose by and one to report on, the first of them cut into parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from blake3 import blake3
+
+from pma.errors import InputError
+from pma.evaluation.text import Document
+
+#: parts of the half to choose by, where it has enough documents
+MOST_PARTS = 16
+# two a part and two parts, or there is nothing to halve; and as many to report on
+_FEWEST_DOCUMENTS = 8
+
+Documents = tuple[Document, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halves:
+    """`parts`: the half to choose by, in the order in which it is read. `report`: the half that is never
+    chosen by. No document of one is in the other.
+    """
+
+    parts: tuple[Documents, ...]
+    report: Documents
+
+    @property
+    def selection(self) -> Documents:
+        """The half to choose by, whole."""
+        return tuple(document for part in self.parts for document in part)
+
+    @property
+    def part_bytes(self) -> tuple[int, ...]:
+        return tuple(map(_bytes, self.parts))
+
+    @property
+    def report_bytes(self) -> int:
+        return _bytes(self.report)
+
+    @property
+    def text_bytes(self) -> int:
+        return sum(self.part_bytes) + self.report_bytes
+
+
+def _bytes(documents: Sequence[Document]) -> int:
+    return sum(len(document.text.encode("utf-8")) for document in documents)
+
+
+def halved(documents: Sequence[Document], *, seed: int = 0) -> Halves:
+    """Halves of about as many documents. The same for the same documents and seed, in whatever order they
+    come.
+
+    Documents of one group stay together, and so do equal ones. Raises InputError where there are too few.
+    """
+    units = _units(documents, seed)
+    if len(units) < _FEWEST_DOCUMENTS:
+        distinct = "" if len(units) == len(documents) else f", {len(units)} of them distinct"
+        raise InputError(
+            f"the text has {len(documents)} documents{distinct}; a search chooses on one half and reports on "
+            f"the other, and needs at least {_FEWEST_DOCUMENTS}. Give more text, cut it into documents with "
+            "lines <|endoftext|>, or sweep without --search"
+        )
+    report, selection = units[0::2], units[1::2]
+    count = min(MOST_PARTS, len(selection) // 2)
+    parts = tuple(_together(selection[part::count]) for part in range(count))
+    return Halves(parts=parts, report=_together(report))
+
+
+def _units(documents: Sequence[Document], seed: int) -> list[Documents]:
+    """Documents that must not be parted, in an order that hangs on their content alone."""
+    together: dict[bytes, list[Document]] = {}
+    for document in documents:
+        what = f"group {document.group}" if document.group else f"text {document.text}"
+        key = blake3(f"{seed} {what}".encode()).digest()
+        together.setdefault(key, []).append(document)
+    return [tuple(together[key]) for key in sorted(together)]
+
+
+def _together(units: Sequence[Documents]) -> Documents:
+    return tuple(document for unit in units for document in unit)

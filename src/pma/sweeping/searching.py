@@ -1,0 +1,159 @@
+"""A budgeted search for the best merge of a run: chosen on one half of a text by successive halving, reported
+on the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pma.errors import UsageError
+from pma.evaluation.text import Document
+from pma.quantities import Tokens
+from pma.results import Store
+from pma.sweeping import halving
+from pma.sweeping.candidates import Contender, Field, distinct, merges_of_best
+from pma.sweeping.grid import Plans
+from pma.sweeping.halves import Halves, halved
+from pma.sweeping.halving import Rung, Standing
+from pma.sweeping.reading import Asking, How, Reader
+
+if TYPE_CHECKING:
+    from pma.evaluation.evaluate import Evaluation
+
+#: of what reading the whole text with every candidate would cost
+DEFAULT_BUDGET_SHARE = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranked:
+    """A candidate, how many parts it had read when it was dropped or had won, and its loss on these."""
+
+    contender: Contender
+    parts: int
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a search found. `ranked`: the candidates, best first. `selected`: evaluations of winner and last
+    checkpoint on the half that was chosen by; `reported`: of winner, last checkpoint and plain window on the
+    other.
+
+    `budget`, `evaluations`: in readings of the whole text by one model; `tokens_read` in all, of which
+    `tokens_known` by searches before.
+    """
+
+    field: Field
+    halves: Halves
+    budget: float
+    rungs: tuple[Rung, ...]
+    ranked: tuple[Ranked, ...]
+    selected: Mapping[str, Evaluation]
+    reported: Mapping[str, Evaluation]
+    evaluations: float
+    tokens_read: int
+    tokens_known: int
+
+    @property
+    def winner(self) -> Contender:
+        return self.ranked[0].contender
+
+
+def search(
+    field: Field,
+    plans: Plans,
+    documents: Sequence[Document],
+    budget: float | Tokens | None,
+    store: Store,
+    how: How,
+) -> Outcome:
+    """Search `field` within `budget`: readings of the whole text by one model, or tokens; by default a
+    quarter of what every candidate would read. All that is read counts, also what is reported.
+
+    Results are kept in `store`: an interrupted search goes on, a repeated one reads nothing. Raises
+    InputError where the text cannot be halved, UsageError where the budget is too small to read a part with
+    every candidate.
+    """
+    halves = halved(documents)
+    reader = Reader(plans, halves, store, how)
+    last = Asking(place=field.last.plan, parts=range(len(halves.parts)), report=True)
+    if isinstance(budget, Tokens):
+        reader.read("the last checkpoint", [last])
+        budget = budget.count / reader.tokens_read
+    budget, first_parts = _fitted(field, halves, budget)
+    contenders = _contenders(field, plans, reader, last, first_parts)
+    # fewer where some have one content
+    run = halving.rungs(len(contenders), first_parts, len(halves.parts))
+
+    def read(numbers: Sequence[int], parts: range) -> list[halving.Sums]:
+        what = f"{len(numbers)} candidates on parts {parts.start + 1} to {parts.stop} of {len(halves.parts)}"
+        places = [contenders[number].plan for number in numbers]
+        reader.read(what, [Asking(place=place, parts=parts) for place in places])
+        return [reader.sums(place, parts) for place in places]
+
+    standings = halving.race(len(contenders), run, read)
+    winner = contenders[standings[0].number]
+    reader.read("the winner on the other half", [Asking(place=winner.plan, report=True)])
+    places = {"winner": winner.plan, "last": field.last.plan, "plain": field.plain.plan}
+    return Outcome(
+        field=field,
+        halves=halves,
+        budget=budget,
+        rungs=run,
+        ranked=tuple(_ranked(standing, contenders) for standing in standings),
+        selected={name: reader.on_selection(places[name]) for name in ("winner", "last")},
+        reported={name: reader.on_report(place) for name, place in places.items()},
+        evaluations=reader.bytes_read / halves.text_bytes,
+        tokens_read=reader.tokens_read,
+        tokens_known=reader.tokens_read - reader.tokens_new,
+    )
+
+
+def _ranked(standing: Standing, contenders: Sequence[Contender]) -> Ranked:
+    return Ranked(contender=contenders[standing.number], parts=standing.parts, loss=standing.loss)
+
+
+def _fitted(field: Field, halves: Halves, budget: float | None) -> tuple[float, int]:
+    """The budget, and how many parts each candidate reads at first so that it is kept.
+
+    Read in any case: all of the text by the last checkpoint, the reported half by plain window and winner.
+    """
+    shares = [size / halves.text_bytes for size in halves.part_bytes]
+    in_any_case = 1 + 2 * halves.report_bytes / halves.text_bytes
+    singles = max(0, len(field.pool) - 1)
+    narrowest = halving.rungs(field.most, 1, len(shares))
+    least = math.ceil(10 * (in_any_case + halving.cost(narrowest, shares) + singles * shares[0])) / 10
+    if budget is None:
+        budget = max(DEFAULT_BUDGET_SHARE * field.most, least)
+    planned = halving.widest(field.most, shares, budget - in_any_case, also=singles)
+    if planned is None:
+        raise UsageError(
+            f"--budget: {budget:.3g} readings of the whole text are too few for {field.most} candidates, "
+            f"each of which reads at least {1 / len(shares):.1%} of the half that is chosen by; give at "
+            f"least {least:g}, or fewer candidates with --last, --every, --scheme, --best"
+        )
+    return budget, planned[0].parts
+
+
+def _contenders(
+    field: Field, plans: Plans, reader: Reader, last: Asking, first_parts: int
+) -> tuple[Contender, ...]:
+    """All candidates. Those of the best checkpoints are known once each has read what is read at first; that
+    is read together with what the others read, from one pass over the checkpoints.
+    """
+    first = range(first_parts)
+    singles = {point.path: plans.raw(point) for point in field.pool}
+    places = dict.fromkeys([*(contender.plan for contender in field.known), *singles.values()])
+    asked = [Asking(place=place, parts=first) for place in places if place != last.place]
+    plain = Asking(place=field.plain.plan, report=True)
+    reader.read(f"{len(field.known)} candidates, {len(singles)} single checkpoints", [last, plain, *asked])
+    losses = {path: _loss(reader.sums(place, first)) for path, place in singles.items()}
+    return distinct((*field.known, *merges_of_best(field, losses, plans)))
+
+
+def _loss(sums: halving.Sums) -> float:
+    nats, tokens = sums
+    return nats / tokens
