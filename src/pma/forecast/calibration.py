@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
@@ -180,25 +180,6 @@ def promise(spread: Spread, shares_T: Floats) -> Promise:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Residual:
-    """Forecast less truth of a case, in nats, by a calibration that did not know it; and what it promised."""
-
-    case: Case
-    promise: Promise
-    calibration: Calibration
-
-    @property
-    def forecast(self) -> float:
-        """The loss that was forecast."""
-        return self.calibration.corrected(self.promise)
-
-    @property
-    def error(self) -> float:
-        """Forecast less truth, nats."""
-        return self.forecast - self.case.loss
-
-
 def calibrate(cases: Sequence[Case], *, name: str, what: str) -> Calibration:
     """The constants that fit `cases` best, every run counted alike, and what they are off by on groups that
     are left out.
@@ -235,19 +216,6 @@ def calibrate(cases: Sequence[Case], *, name: str, what: str) -> Calibration:
         runs=len({case.run for case in cases}),
         cases=len(cases),
     )
-
-
-def left_out(cases: Sequence[Case], by: Callable[[Case], str]) -> list[Residual]:
-    """Each case forecast by a calibration of the cases that `by` calls otherwise."""
-    found: dict[int, Residual] = {}
-    for key in sorted({by(case) for case in cases}):
-        own = [i for i, case in enumerate(cases) if by(case) == key]
-        rest = [case for case in cases if by(case) != key]
-        learned = calibrate(rest, name=f"without {key}", what="")
-        for i in own:
-            made = promise(_spread(cases[i].probes, cases[i].from_step, learned.alpha), cases[i].shares_T)
-            found[i] = Residual(case=cases[i], promise=made, calibration=learned)
-    return [found[i] for i in range(len(cases))]
 
 
 @cache

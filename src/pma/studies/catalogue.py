@@ -123,6 +123,13 @@ STUDIES = (
         seeds=3,
     ),
     Study(
+        name="forecast",
+        title="What annealing would give, forecast from merges",
+        source=f"{PAPER}, Sec. 4.1: merges predict annealing",
+        claim="the losses of merges, corrected by what other runs taught, tell the loss after a decay",
+        seeds=3,
+    ),
+    Study(
         name="optimizer",
         title="The optimizer's state when training goes on from a merge",
         source="no published ablation",
