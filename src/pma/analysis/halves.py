@@ -1,6 +1,6 @@
 """A text in two halves that share no document: one to choose by, one to report on."""
 
-# D documents
+# D documents, U units that stay together
 
 from __future__ import annotations
 
@@ -8,22 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from blake3 import blake3
 from numpy.typing import NDArray
 
 from pma.errors import InputError
-from pma.evaluation.text import Document
+from pma.evaluation.text import Document, inseparable
 
 FEWEST_DOCUMENTS = 4
-#: what tells documents apart; of a text that is too long, so much of each is kept at least
+#: what tells documents apart; and of a text that is too long, so much of each is kept at least
 _BEGINNING_CHARACTERS = 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Halves:
-    """`documents`: what is read of the text, in the order of their digests. `chooses_D`: whether a document
-    is of the half to choose by. `given`: how many documents the text has. `cut_characters`: each is cut
-    after so many; None where none is.
+    """`documents`: what is read of the text; `chooses_D`: whether a document is of the half to choose by.
+    `given`: how many documents the text has. `cut_characters`: each is cut after so many; None where none is.
     """
 
     documents: tuple[Document, ...]
@@ -37,39 +35,29 @@ class Halves:
 
 
 def halve(documents: Sequence[Document], *, most_characters: int) -> Halves:
-    """Two halves of equally many documents, drawn by digests of their beginnings: the same text gives the
-    same halves, and documents that begin alike, or are of one group, are of one half. Where the text is
-    longer than `most_characters`, the beginnings of its documents, equally long; and of very many documents
-    only some.
+    """Two halves of about as many documents, the same for the same text; those that begin alike, or are of
+    one group, are of one half. Where the text is longer than `most_characters`, the beginnings of its
+    documents, equally long; and of very many documents only some.
 
     Raises InputError where there are too few different documents.
     """
-    ordered = sorted(documents, key=lambda document: (_beginning(document), document.text))
-    # as many as the text may be long if each is read so far
-    read_D = np.cumsum([min(len(document.text), _BEGINNING_CHARACTERS) for document in ordered])
-    kept = ordered[: max(FEWEST_DOCUMENTS, int((read_D <= most_characters).sum()))]
-    digests = [_beginning(document) for document in kept]
-    # each half has two documents or more, or there would be no standard error
-    between = [d for d in range(2, len(kept) - 1) if digests[d - 1] != digests[d]]
-    if len(set(digests)) < FEWEST_DOCUMENTS or not between:
+    units = inseparable(documents, beginning_characters=_BEGINNING_CHARACTERS)
+    if len(units) < FEWEST_DOCUMENTS:
         raise InputError(
-            f"the text has {len(set(digests))} different documents, expected at least {FEWEST_DOCUMENTS}: "
-            "one half is to choose by, the other to report on. Give more text, or part it by lines "
-            "<|endoftext|>"
+            f"the text has {len(units)} different documents, expected at least {FEWEST_DOCUMENTS}: one half "
+            "is to choose by, the other to report on. Give more text, or part it by lines <|endoftext|>"
         )
-    middle = min(between, key=lambda d: abs(2 * d - len(kept)))
-    cut = _equal_length([len(document.text) for document in kept], most_characters)
+    # as many as the text may be long if each document is read so far
+    read_U = np.cumsum([sum(min(len(d.text), _BEGINNING_CHARACTERS) for d in unit) for unit in units])
+    units = units[: max(FEWEST_DOCUMENTS, int((read_U <= most_characters).sum()))]
+    kept = [(d, number % 2 == 0) for number, unit in enumerate(units) for d in unit]
+    cut = _equal_length([len(document.text) for document, _ in kept], most_characters)
     return Halves(
-        documents=tuple(Document(name=d.name, text=d.text[:cut], group=d.group) for d in kept),
-        chooses_D=np.arange(len(kept)) < middle,
+        documents=tuple(Document(name=d.name, text=d.text[:cut], group=d.group) for d, _ in kept),
+        chooses_D=np.array([chooses for _, chooses in kept]),
         given=len(documents),
         cut_characters=cut,
     )
-
-
-def _beginning(document: Document) -> bytes:
-    what = document.group or document.text[:_BEGINNING_CHARACTERS]
-    return blake3(what.encode()).digest()
 
 
 def _equal_length(lengths: Sequence[int], most: int) -> int | None:

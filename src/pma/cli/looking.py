@@ -79,7 +79,8 @@ def show(plan: Planned, look: dict[str, Any]) -> None:
         advised = look["line"]["t"]
         weights = ",".join(f"{weight:.10g}" for weight in look["line_weights"])
     say()
-    table(columns, rows, title="Loss on the line from last (t = 0) through the merge (t = 1)")
+    say("The line from last (t = 0) through the merge (t = 1):")
+    table(columns, rows)
     for paragraph in words:
         say(paragraph)
     if advised not in (0, 1):

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from blake3 import blake3
+
 from pma.errors import InputError
 
 SEPARATOR = "<|endoftext|>"
@@ -31,6 +33,20 @@ def read_documents(paths: Sequence[Path]) -> list[Document]:
     if not documents:
         raise InputError(f"{', '.join(map(str, paths))} holds no text")
     return documents
+
+
+def inseparable(
+    documents: Iterable[Document], *, seed: int = 0, beginning_characters: int | None = None
+) -> list[tuple[Document, ...]]:
+    """Documents that no split may part: those of one group, and equal ones, or those whose first
+    `beginning_characters` are. In an order that hangs on their content and the seed alone.
+    """
+    together: dict[bytes, list[Document]] = {}
+    for document in sorted(documents, key=lambda document: document.text):
+        text = document.text[:beginning_characters]
+        what = f"group {document.group}" if document.group else f"text {text}"
+        together.setdefault(blake3(f"{seed} {what}".encode()).digest(), []).append(document)
+    return [tuple(together[key]) for key in sorted(together)]
 
 
 def write_documents(path: Path, documents: Iterable[Document]) -> None:

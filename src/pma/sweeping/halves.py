@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from blake3 import blake3
-
 from pma.errors import InputError
-from pma.evaluation.text import Document
+from pma.evaluation.text import Document, inseparable
 
 #: parts of the half to choose by, where it has enough documents
 MOST_PARTS = 16
@@ -55,7 +53,7 @@ def halved(documents: Sequence[Document], *, seed: int = 0) -> Halves:
 
     Documents of one group stay together, and so do equal ones. Raises InputError where there are too few.
     """
-    units = _units(documents, seed)
+    units = inseparable(documents, seed=seed)
     if len(units) < _FEWEST_DOCUMENTS:
         distinct = "" if len(units) == len(documents) else f", {len(units)} of them distinct"
         raise InputError(
@@ -67,16 +65,6 @@ def halved(documents: Sequence[Document], *, seed: int = 0) -> Halves:
     count = min(MOST_PARTS, len(selection) // 2)
     parts = tuple(_together(selection[part::count]) for part in range(count))
     return Halves(parts=parts, report=_together(report))
-
-
-def _units(documents: Sequence[Document], seed: int) -> list[Documents]:
-    """Documents that must not be parted, in an order that hangs on their content alone."""
-    together: dict[bytes, list[Document]] = {}
-    for document in documents:
-        what = f"group {document.group}" if document.group else f"text {document.text}"
-        key = blake3(f"{seed} {what}".encode()).digest()
-        together.setdefault(key, []).append(document)
-    return [tuple(together[key]) for key in sorted(together)]
 
 
 def _together(units: Sequence[Documents]) -> Documents:
