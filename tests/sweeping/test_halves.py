@@ -25,7 +25,9 @@ def test_no_document_is_in_both_and_none_is_lost(count: int) -> None:
     sizes = [len(part) for part in halves.parts]
     assert min(sizes) >= 2
     assert max(sizes) - min(sizes) <= 1
-    assert halves.text_bytes == sum(len(d.text.encode()) for d in given)
+    in_report = sum(len(d.text.encode()) for d in halves.report) / sum(len(d.text.encode()) for d in given)
+    assert halves.shares.report == pytest.approx(in_report)
+    assert sum(halves.shares.parts) == pytest.approx(1 - in_report)
 
 
 def test_order_and_names_do_not_matter_and_the_seed_does() -> None:

@@ -17,6 +17,20 @@ Documents = tuple[Document, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shares:
+    """How much of the text each part is, and the half that is reported on; together 1."""
+
+    parts: tuple[float, ...]
+    report: float
+
+    @classmethod
+    def of(cls, parts: Sequence[int], report: int) -> Shares:
+        """From their sizes."""
+        whole = sum(parts) + report
+        return cls(parts=tuple(part / whole for part in parts), report=report / whole)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Halves:
     """`parts`: the half to choose by, in the order in which it is read. `report`: the half that is never
     chosen by. No document of one is in the other.
@@ -31,16 +45,9 @@ class Halves:
         return tuple(document for part in self.parts for document in part)
 
     @property
-    def part_bytes(self) -> tuple[int, ...]:
-        return tuple(map(_bytes, self.parts))
-
-    @property
-    def report_bytes(self) -> int:
-        return _bytes(self.report)
-
-    @property
-    def text_bytes(self) -> int:
-        return sum(self.part_bytes) + self.report_bytes
+    def shares(self) -> Shares:
+        """By bytes."""
+        return Shares.of([*map(_bytes, self.parts)], _bytes(self.report))
 
 
 def _bytes(documents: Sequence[Document]) -> int:

@@ -12,7 +12,7 @@ from pma.evaluation.text import Document
 from pma.results import Store
 from pma.sweeping.evaluating import Asked, Load, evaluate_each
 from pma.sweeping.grid import Plans
-from pma.sweeping.halves import Halves
+from pma.sweeping.halves import Halves, Shares
 from pma.sweeping.halving import Sums
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ class Asking:
 
 
 class Reader:
-    """Reads each part with a model once. `bytes_read`, `tokens_read`: of all models together, also what was
-    known before, which is all but `tokens_new`.
+    """Reads each part with a model once. `tokens_read`: of all models together, also what was known before,
+    which is all but `tokens_new`.
     """
 
     def __init__(self, plans: Plans, halves: Halves, store: Store, how: How) -> None:
@@ -100,9 +100,16 @@ class Reader:
     def tokens_read(self) -> int:
         return sum(sum(evaluation.tokens) for evaluation in self._read.values())
 
-    @property
-    def bytes_read(self) -> int:
-        return sum(evaluation.text_bytes for evaluation in self._read.values())
+    def shares(self, place: int) -> Shares:
+        """By the tokens of a model that has read all of the text."""
+        parts = [sum(self._read[place, measure.name].tokens) for measure in self._parts]
+        return Shares.of(parts, sum(self.on_report(place).tokens))
+
+    def readings(self, shares: Shares) -> float:
+        """What was read, in readings of the whole text by one model."""
+        names = [measure.name for measure in self._parts]
+        share_of = dict(zip([*names, _REPORT], [*shares.parts, shares.report], strict=True))
+        return sum(share_of[name] for _, name in self._read)
 
     def _measure(self, name: str, documents: Sequence[Document]) -> Measure:
         """With a name of its own, and counting what is read anew."""

@@ -16,7 +16,7 @@ from pma.results import Store
 from pma.sweeping import halving
 from pma.sweeping.candidates import Contender, Field, distinct, merges_of_best
 from pma.sweeping.grid import Plans
-from pma.sweeping.halves import Halves, halved
+from pma.sweeping.halves import Halves, Shares, halved
 from pma.sweeping.halving import Rung, Standing
 from pma.sweeping.reading import Asking, How, Reader
 
@@ -80,10 +80,11 @@ def search(
     halves = halved(documents)
     reader = Reader(plans, halves, store, how)
     last = Asking(place=field.last.plan, parts=range(len(halves.parts)), report=True)
+    shares = halves.shares
     if isinstance(budget, Tokens):
         reader.read("the last checkpoint", [last])
-        budget = budget.count / reader.tokens_read
-    budget, first_parts = _fitted(field, halves, budget)
+        shares, budget = reader.shares(last.place), budget.count / reader.tokens_read
+    budget, first_parts = _fitted(field, shares, budget)
     contenders = _contenders(field, plans, reader, last, first_parts)
     # fewer where some have one content
     run = halving.rungs(len(contenders), first_parts, len(halves.parts))
@@ -106,7 +107,7 @@ def search(
         ranked=tuple(_ranked(standing, contenders) for standing in standings),
         selected={name: reader.on_selection(places[name]) for name in ("winner", "last")},
         reported={name: reader.on_report(place) for name, place in places.items()},
-        evaluations=reader.bytes_read / halves.text_bytes,
+        evaluations=reader.readings(shares),
         tokens_read=reader.tokens_read,
         tokens_known=reader.tokens_read - reader.tokens_new,
     )
@@ -116,24 +117,23 @@ def _ranked(standing: Standing, contenders: Sequence[Contender]) -> Ranked:
     return Ranked(contender=contenders[standing.number], parts=standing.parts, loss=standing.loss)
 
 
-def _fitted(field: Field, halves: Halves, budget: float | None) -> tuple[float, int]:
+def _fitted(field: Field, shares: Shares, budget: float | None) -> tuple[float, int]:
     """The budget, and how many parts each candidate reads at first so that it is kept.
 
     Read in any case: all of the text by the last checkpoint, the reported half by plain window and winner.
     """
-    shares = [size / halves.text_bytes for size in halves.part_bytes]
-    in_any_case = 1 + 2 * halves.report_bytes / halves.text_bytes
+    in_any_case = 1 + 2 * shares.report
     singles = max(0, len(field.pool) - 1)
-    narrowest = halving.rungs(field.most, 1, len(shares))
-    least = math.ceil(10 * (in_any_case + halving.cost(narrowest, shares) + singles * shares[0])) / 10
+    narrowest = halving.cost(halving.rungs(field.most, 1, len(shares.parts)), shares.parts)
+    least = math.ceil(10 * (in_any_case + narrowest + singles * shares.parts[0])) / 10
     if budget is None:
         budget = max(DEFAULT_BUDGET_SHARE * field.most, least)
-    planned = halving.widest(field.most, shares, budget - in_any_case, also=singles)
+    planned = halving.widest(field.most, shares.parts, budget - in_any_case, also=singles)
     if planned is None:
         raise UsageError(
             f"--budget: {budget:.3g} readings of the whole text are too few for {field.most} candidates, "
-            f"each of which reads at least {1 / len(shares):.1%} of the half that is chosen by; give at "
-            f"least {least:g}, or fewer candidates with --last, --every, --scheme, --best"
+            f"each of which reads at least {shares.parts[0]:.1%} of it; give at least {least:g}, or "
+            "fewer candidates with --last, --every, --scheme, --best"
         )
     return budget, planned[0].parts
 
