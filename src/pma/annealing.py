@@ -23,7 +23,7 @@ from pma.forecast.windows import probe_windows
 from pma.pretraining import fork, run_folder
 from pma.pretraining.train import Progress
 from pma.results import Store
-from pma.sweeping.evaluating import Asked, evaluate_each
+from pma.sweeping.evaluating import Asked, Load, evaluate_each
 from pma.trajectory import KEPT_FOLDER, Phase, Trajectory, TrajectoryPoint
 
 #: a probe's length, of the steps from the run's beginning to the end of the decay
@@ -37,7 +37,7 @@ _START_SLACK = 0.1
 @dataclass(frozen=True, kw_only=True)
 class Bench:
     """How models are evaluated: `measure` is that of a text, results go to `store`; `announce` hears of each.
-    `new`: hears of the plans that are not in the store yet.
+    `new`: hears of the plans that are not in the store yet. `load`: as for `sweeping.evaluate`.
     """
 
     measure: Measure
@@ -45,6 +45,7 @@ class Bench:
     context_tokens: int | None = None
     announce: Callable[[str], None] = lambda text: None
     new: Callable[[Sequence[Plan]], None] = lambda plans: None
+    load: Load | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +121,7 @@ def evaluated(windows: Sequence[Sequence[TrajectoryPoint]], bench: Bench) -> lis
             context_tokens=bench.context_tokens,
             announce=bench.announce,
             begin=bench.new,
+            load=bench.load,
         )
     return [results[place][TEXT] for place in places]
 

@@ -117,5 +117,7 @@ def test_too_little_is_refused() -> None:
     with pytest.raises(InputError, match="merges over 2 windows of different length"):
         spread_of(probes(toy, (100, 300)), END)
     worse = [replace(p, loss=p.loss + (len(p.steps) > 1)) for p in probes(toy)]
-    with pytest.raises(InputError, match="no merge is better than the raw checkpoint that it ends with"):
+    with pytest.raises(
+        InputError, match="no merge that ends at step 20000 is better than the raw checkpoint there"
+    ):
         spread_of(worse, END)

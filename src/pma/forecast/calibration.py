@@ -199,7 +199,7 @@ def calibrate(cases: Sequence[Case], *, name: str, what: str) -> Calibration:
         own = np.array([case.group == group for case in cases])
         other, constants = _best(cases, promised, ~own)
         left[own] = _misses(cases, promised[other], constants)[own]
-    of_run, of_fork, of_decay = _components(cases, left)
+    of_run, of_fork, of_decay = components(cases, left)
     shown = promised[alpha]
     return Calibration(
         name=name,
@@ -260,7 +260,7 @@ def _misses(cases: Sequence[Case], each: Sequence[Promise], constants: tuple[flo
     return np.array([_short(c, p) - offset - slope * p.moved for c, p in zip(cases, each, strict=True)])
 
 
-def _components(cases: Sequence[Case], left: Floats) -> tuple[float, float, float]:
+def components(cases: Sequence[Case], left: Floats) -> tuple[float, float, float]:
     """Standard deviations of what runs share, of what forks share beside it, and of the rest."""
     run = np.array([case.run for case in cases])
     fork = np.array([case.from_step for case in cases])

@@ -96,19 +96,20 @@ def kept_by_decay(shares_T: ArrayLike) -> Floats:
     return kept
 
 
-def merge_gain(probes: Sequence[Probe]) -> float:
-    """What the best merge gains over the raw checkpoint that it ends with, in nats: the scale of everything.
+def merge_gain(probes: Sequence[Probe], from_step: int) -> float:
+    """What the best merge that ends at `from_step` gains over the raw checkpoint there, in nats: the scale of
+    everything.
 
-    Raises InputError where no raw checkpoint ends a merge, or no merge is better.
+    Raises InputError where there is no raw checkpoint, or no merge is better.
     """
-    raw = {probe.steps[-1]: probe.loss for probe in probes if len(probe.steps) == 1}
-    gains = [raw[p.steps[-1]] - p.loss for p in probes if len(p.steps) > 1 and p.steps[-1] in raw]
-    if not gains or max(gains) <= 0:
+    raw = [probe.loss for probe in probes if probe.steps == (from_step,)]
+    merged = [probe.loss for probe in probes if len(probe.steps) > 1 and probe.steps[-1] == from_step]
+    if not raw or not merged or min(merged) >= raw[0]:
         raise InputError(
-            "no merge is better than the raw checkpoint that it ends with, so merges do not show what "
-            "annealing gives; the learning rate may be low already, or the checkpoints too few"
+            f"no merge that ends at step {from_step} is better than the raw checkpoint there, so merges do "
+            "not show what annealing gives; the learning rate may be low already, or the checkpoints too few"
         )
-    return max(gains)
+    return raw[0] - min(merged)
 
 
 def spread_of(
@@ -123,8 +124,8 @@ def spread_of(
     `from_step`; with the exponent of `alphas` that fits best.
 
     h is not negative, and smooth over the logarithm of the rate as far as the merges leave it open; draws are
-    refits to models with other noise and another roughness. Raises InputError for fewer than three windows of
-    different length.
+    refits to models with other noise, as large as the probes scatter, and another roughness. Raises
+    InputError for fewer than three windows of different length.
     """
     windows = {probe.window_steps for probe in probes} - {0}
     if len(windows) < FEWEST_WINDOWS:
@@ -132,9 +133,9 @@ def spread_of(
             f"merges over {len(windows)} windows of different length; expected at least {FEWEST_WINDOWS}, "
             "from short to long: one does not tell fast noise from slow"
         )
-    gain = merge_gain(probes)
-    scatter_M = np.array([_RAW_SCATTER if len(p.steps) == 1 else _MERGE_MISFIT for p in probes])
-    error_M = np.hypot(scatter_M * gain, [probe.error for probe in probes])
+    gain = merge_gain(probes, from_step)
+    share_M = np.array([_RAW_SCATTER if len(p.steps) == 1 else _MERGE_MISFIT for p in probes])
+    error_M = np.hypot(share_M * gain, [probe.error for probe in probes])
     removed_MJ = np.array([1 - kept_by_merge(probe.steps, probe.weights) for probe in probes])
     place_M = np.array([probe.mean_step / from_step for probe in probes])
     loss_M = np.array([probe.loss for probe in probes])
@@ -150,10 +151,12 @@ def spread_of(
 
     flat = np.zeros(len(smooth))
     best = min(alphas, key=lambda alpha: solved(alpha, loss_M, flat)[1])
+    found_U, norm = solved(best, loss_M, flat)
+    scatter_M = error_M * max(1.0, norm / np.sqrt(len(loss_M)))
     drawn = [
         solved(
             best,
-            loss_M + error_M * random.standard_normal(len(loss_M)),
+            loss_M + scatter_M * random.standard_normal(len(loss_M)),
             random.standard_normal(len(smooth)),
         )[0]
         for _ in range(draws)
@@ -161,7 +164,7 @@ def spread_of(
     return Spread(
         from_step=from_step,
         alpha=best,
-        unknowns_U=solved(best, loss_M, flat)[0],
+        unknowns_U=found_U,
         unknowns_BU=np.array(drawn).reshape(draws, 2 + len(RATES_J)),
         longest_window=max(windows),
     )

@@ -44,10 +44,10 @@ def _set_up(results: dict[str, Any]) -> str:
     return (
         f"{len(runs)} runs at a constant rate ({len(groups)} pairs of a size and a rate) were annealed "
         f"from steps {starts}, by cosines of {lengths} steps: {len(cases)} decays. Each is forecast from the "
-        "losses of merges and raw checkpoints up to its start, as `pma forecast RUN` does, with a calibration that has seen no run of its group: no run of that size and rate, of that "
-        "architecture, or of that size. Errors are of the held-out loss, nats a token; 95% intervals draw "
-        "whole runs. The matched rule, last, knows what the others do not: decays of other runs from the "
-        "very same step."
+        "losses of merges and raw checkpoints up to its start, as `pma forecast RUN` does, with a "
+        "calibration that has seen no run of its group: no run of that size and rate, of that architecture, "
+        "or of that size. Errors are of the held-out loss, nats a token; 95% intervals draw whole runs. The "
+        "matched rule, last, knows what the others do not: decays of other runs from the very same step."
     )
 
 
