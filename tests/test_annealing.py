@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner, Result
 
 from pma import annealing
 from pma.annealing import Bench
+from pma.cli import app
 from pma.errors import InputError
 from pma.evaluation.evaluate import Evaluation
 from pma.evaluation.measures import TEXT, Measure
@@ -170,3 +173,66 @@ def test_a_run_that_decays_already_is_forecast_from_where_it_began(run: Path, tm
 def test_a_probe_is_a_twentieth_of_the_way() -> None:
     assert annealing.probe_steps(2_500, Decay(shape="linear", steps=500)) == 150
     assert annealing.probe_steps(1, Decay(shape="linear", steps=1)) == 1
+
+
+@pytest.fixture
+def quadratic_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A text whose losses are those of the quadratic."""
+    monkeypatch.setattr("pma.evaluation.measures.text_measure", lambda *_, **__: bench(None).measure)  # type: ignore[arg-type]
+    monkeypatch.setattr("pma.sweeping.evaluating._load_scorer", lambda: lambda tensors, path, **_: tensors)
+    path = tmp_path / "text.txt"
+    path.write_text("\n<|endoftext|>\n".join(f"a document, {i}" for i in range(12)))
+    return path
+
+
+def pma(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(each) for each in arguments])
+
+
+def test_the_command(run: Path, quadratic_text: Path, tmp_path: Path) -> None:
+    store, chart = ("--store", tmp_path / "results.sqlite"), tmp_path / "chart.html"
+    asked = ("forecast", run, "--anneal", "cosine", "--text", quadratic_text, *store)
+    shown = pma(*asked, "--tokens", "20k", "-o", chart)
+    assert shown.exit_code == 0, shown.stderr
+    for words in ("cosine decay of 200 steps from step 1200", "expected held-out loss at step 1400", "80%:"):
+        assert words in shown.stdout
+    assert "calibration nano: " in shown.stderr
+    assert "models are not evaluated yet; reading" in shown.stderr
+    found = json.loads(pma(*asked, "--steps", 200, "--json").stdout)
+    assert "</html>" in chart.read_text()
+    assert found["told"]
+    assert found["interval95"][0] < found["interval80"][0] < found["loss"] < found["interval80"][1]
+    assert [each["steps"] for each in found["lengths"]] == [50, 100, 400, 800]
+    assert found["calibration"]["name"] == "nano"
+    decayed = tmp_path / "decayed"
+    trained(decayed, weights_at(run, 1_000), 1_000, Decay(shape="linear", steps=60).shares, seed=9)
+    known = json.loads(pma(*asked, "--steps", 200, "--annealed", decayed, "--json").stdout)
+    assert known["annealed"][0]["from_step"] == 1_000
+    assert known["loss"] == pytest.approx(found["loss"] + known["moved_by_annealed"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "which decay of the run? Such as: --anneal cosine --tokens 250M"),
+        (("--anneal", "cosine"), "how long is the decay? Give --steps or --tokens"),
+        (("--anneal", "cubic", "--steps", 9), "there is no decay 'cubic'; there are linear, cosine, 1-sqrt"),
+        (("--anneal", "cosine", "--tokens", 9), "--tokens 9 is less than a step of 100 tokens"),
+        (("--anneal", "cosine", "--steps", 9, "--from", 990), "starts at step 990, of which there is no"),
+        (("--anneal", "cosine", "--steps", 9, "--from", 100), "5 checkpoints at the constant rate"),
+        (("--anneal", "cosine", "--steps", 9, "--calibration", "x"), "--calibration x: no such file"),
+        (("--anneal", "cosine", "--steps", 9, "--curve", "c.csv"), "--curve: for forecasts from logs"),
+        (
+            ("--anneal", "cosine", "--steps", 9, "--probe"),
+            "is another trainer's run. With that trainer, go on",
+        ),
+    ],
+)
+def test_requests_that_cannot_be_met(
+    run: Path, quadratic_text: Path, tmp_path: Path, arguments: tuple[object, ...], said: str
+) -> None:
+    store = ("--store", tmp_path / "results.sqlite")
+    shown = pma("forecast", run, "--text", quadratic_text, *store, *arguments)
+    assert shown.exit_code != 0
+    assert said in " ".join(shown.stderr.split())
+    assert "Traceback" not in shown.stderr

@@ -88,10 +88,12 @@ def test_a_decay_falls_as_its_shape_says() -> None:
 
 
 def test_constants_that_were_put_in_are_found_again() -> None:
-    learned = calibrate(cases(lambda run, fork, steps, moved: 0.03 + 0.8 * moved), name="x", what="toys")
+    learned = calibrate(
+        cases(lambda run, fork, steps, moved: 0.3 + 0.1 * np.log(moved)), name="x", what="toys"
+    )
     assert learned.alpha == pytest.approx(0.5, abs=0.06)
-    assert learned.offset == pytest.approx(0.03, abs=0.01)
-    assert learned.slope == pytest.approx(0.8, abs=0.1)
+    assert learned.offset == pytest.approx(0.3, abs=0.03)
+    assert learned.slope == pytest.approx(0.1, abs=0.01)
     assert (learned.runs, learned.cases, learned.freedom) == (4, 16, 3)
     assert max(learned.of_run, learned.of_fork, learned.of_decay) < 0.01
 

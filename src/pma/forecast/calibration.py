@@ -1,10 +1,11 @@
 """What forecasts from merges are off by on real runs, learned from runs whose decays are known.
 
-The quadratic picture of `pma.forecast.probes` promises too little of decays: by a share of the gain that
-grows with how far the decay moves the drift. Two constants take that off, and a third is the exponent of the
-drift's loss, which single runs leave open. All are in shares of the gain, so they know no nats and no size of
-a model. What remains is told as an interval. It has a part that all forecasts of a run share, one that
-forecasts from one step share, and one of each; so decays of the run itself tell the first, or the first two.
+The quadratic picture of `pma.forecast.probes` promises too little of long decays and too much of short ones,
+by a share of the gain that grows with the logarithm of how far a decay moves the drift. Two constants take
+that off, and a third is the exponent of the drift's loss, which single runs leave open. All are in shares of
+the gain, so they know no nats and no size of a model. What remains is told as an interval. It has a part that
+all forecasts of a run share, one that forecasts from one step share, and one of each; so decays of the run
+itself tell the first, or the first two.
 """
 
 # C cases, each a decay of a run whose loss is known
@@ -89,7 +90,7 @@ class Promise:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Loss = promise - gain · (`offset` + `slope` · moved), with the exponent `alpha`. Standard deviations of
+    """Loss = promise - gain · (`offset` + `slope` · ln moved), with exponent `alpha`. Standard deviations of
     what that leaves, in shares of the gain: `of_run`, shared by a run's forecasts, `of_fork`, by those from
     one step, `of_decay`, each one's own; `freedom`: theirs. `probe_error`: what of it the probes state.
     `moved`: from, to. `what`: where it comes from.
@@ -111,7 +112,7 @@ class Calibration:
 
     def corrected(self, promise: Promise) -> float:
         """The loss after the decay."""
-        return promise.loss - promise.gain * (self.offset + self.slope * promise.moved)
+        return promise.loss - promise.gain * (self.offset + self.slope * math.log(promise.moved))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -126,7 +127,7 @@ class Calibration:
         numbers = {name: float(value[name]) for name in (*_ERRORS, "alpha", "offset", "slope")}
         if not all(map(math.isfinite, (*numbers.values(), float(low), float(high)))):
             raise ValueError("numbers that are not finite")
-        if min(numbers["alpha"], float(low), *(numbers[name] for name in _ERRORS)) < 0:
+        if float(low) <= 0 or min(numbers["alpha"], *(numbers[name] for name in _ERRORS)) < 0:
             raise ValueError("negative numbers")
         freedom = int(value["freedom"])
         if freedom < 1:
@@ -200,7 +201,7 @@ def calibrate(cases: Sequence[Case], *, name: str, what: str) -> Calibration:
         other, constants = _best(cases, promised, ~own)
         left[own] = _misses(cases, promised[other], constants)[own]
     of_run, of_fork, of_decay = components(cases, left)
-    shown = promised[alpha]
+    shown = [promise(_spread(c.probes, c.from_step, alpha, DRAWS), c.shares_T) for c in cases]
     return Calibration(
         name=name,
         what=what,
@@ -219,7 +220,7 @@ def calibrate(cases: Sequence[Case], *, name: str, what: str) -> Calibration:
 
 
 @cache
-def _spread(probes: tuple[Probe, ...], from_step: int, alpha: float, draws: int = DRAWS) -> Spread:
+def _spread(probes: tuple[Probe, ...], from_step: int, alpha: float, draws: int) -> Spread:
     """Runs are forecast at several exponents and left out in several ways; each spread is found once."""
     return spread_of(probes, from_step, alphas=(alpha,), draws=draws)
 
@@ -239,7 +240,7 @@ def _best(
     votes = np.array([1 / sum(c.run == case.run for c in cases) for case in cases]) * used
     found = []
     for alpha, each in promised.items():
-        columns = np.array([[1.0, p.moved] for p in each])
+        columns = np.array([[1.0, math.log(p.moved)] for p in each])
         short = np.array([_short(case, p) for case, p in zip(cases, each, strict=True)])
         root = np.sqrt(votes)[:, None]
         constants, *_ = np.linalg.lstsq(root * columns, root[:, 0] * short, rcond=None)
@@ -257,7 +258,9 @@ def _short(case: Case, made: Promise) -> float:
 def _misses(cases: Sequence[Case], each: Sequence[Promise], constants: tuple[float, float]) -> Floats:
     """What the constants leave, in shares of the gain."""
     offset, slope = constants
-    return np.array([_short(c, p) - offset - slope * p.moved for c, p in zip(cases, each, strict=True)])
+    return np.array(
+        [_short(c, p) - offset - slope * math.log(p.moved) for c, p in zip(cases, each, strict=True)]
+    )
 
 
 def components(cases: Sequence[Case], left: Floats) -> tuple[float, float, float]:

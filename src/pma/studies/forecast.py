@@ -47,10 +47,11 @@ def run(lab: Lab) -> dict[str, Any]:
     shaped = [each for each in middle if each.from_step in forks(lab.preset)[1::2]]
     shaped_done, _ = _usable(known(lab, shaped, other_shapes(lab.preset)))
     rules = {**simple(usable), LAW: of_law(lab, usable)} if usable else {}
-    merges = {name: _leave_out(usable, usable, by) for name, by in _LEAVING.items()}
+    taught = [*usable, *_usable(probes)[0]]
+    merges = {name: _leave_out(usable, taught, by) for name, by in _LEAVING.items()}
     with_own = {
-        OWN_FORKS: _leave_out(usable, usable, _LEAVING[GROUP], own=_earlier(usable)),
-        PROBED: _leave_out(usable, usable, _LEAVING[GROUP], own=_probed(probes)),
+        OWN_FORKS: _leave_out(usable, taught, _LEAVING[GROUP], own=_earlier(usable)),
+        PROBED: _leave_out(usable, taught, _LEAVING[GROUP], own=_probed(probes)),
     }
     return {
         "anneal_steps": lab.preset.anneal_steps,
@@ -63,9 +64,9 @@ def run(lab: Lab) -> dict[str, Any]:
         "own": with_own,
         "shapes": {
             "cases": [_described(each) for each in shaped_done],
-            "merges": _leave_out(shaped_done, usable, _LEAVING[GROUP]),
+            "merges": _leave_out(shaped_done, taught, _LEAVING[GROUP]),
         },
-        "calibration": _calibration(usable),
+        "calibration": _calibration(taught),
     }
 
 
@@ -155,18 +156,17 @@ def _described(each: Known) -> dict[str, Any]:
     }
 
 
-def _calibration(usable: Sequence[Known]) -> dict[str, Any] | None:
+def _calibration(taught: Sequence[Known]) -> dict[str, Any] | None:
     """Of all of them: what the package keeps."""
-    groups = sorted({each.place.size.name for each in usable})
-    steps = sorted({each.decay.steps for each in usable})
-    ends = sorted({each.place.from_step for each in usable})
+    groups = sorted({each.place.size.name for each in taught})
+    steps = sorted({each.decay.steps for each in taught})
+    ends = sorted({each.place.from_step for each in taught})
     what = (
-        f"{len({each.place.run for each in usable})} runs of {', '.join(groups)} parameters; cosine decays "
-        "of "
-        f"{' and '.join(map(str, steps))} steps from steps {', '.join(map(str, ends))}"
+        f"{len({each.place.run for each in taught})} runs of {', '.join(groups)}; cosine decays of "
+        f"{', '.join(map(str, steps))} steps from steps {', '.join(map(str, ends))}"
     )
     try:
-        return calibrate([each.case for each in usable], name=DEFAULT, what=what).to_json()
+        return calibrate([each.case for each in taught], name=DEFAULT, what=what).to_json()
     except InputError:
         return None
 

@@ -14,7 +14,7 @@ from pma.forecast.curves import Curve, curve_of
 from pma.forecast.fitting import long_run_variance, minimise, problem_of, split
 from pma.forecast.gaps import compress
 from pma.forecast.laws import MULTI_POWER
-from pma.forecast.schedules import from_pairs
+from pma.forecast.schedules import Schedule
 from pma.formats import hf_trainer
 from pma.studies.forecast_cases import Known, Place
 from pma.studies.lab import Lab
@@ -26,6 +26,7 @@ LAW = "law from the constant curve alone"
 NAMES = (LAST, MERGE, MERGE_OFFSET, LAST_GAIN, LAW, MATCHED)
 #: what the others are held to; the matched rule needs other runs' forks at the same step
 ASKED = NAMES[:-1]
+_PUBLISHED_100M, _PUBLISHED_PEAK = (437.9, 2.132, 0.598, 0.655), 3e-4
 
 
 def last_loss(place: Place) -> float:
@@ -71,8 +72,9 @@ def _shifted(
 
 
 def of_law(lab: Lab, known: Sequence[Known]) -> list[float | None]:
-    """The multi-power law fitted to the training losses up to each fork, shifted to the held-out text by
-    what raw checkpoints have there. Its annealing term is the prior's: the curve has none.
+    """The multi-power law, fitted to the training losses up to each fork and shifted to the held-out text by
+    what raw checkpoints have there. A constant curve has no annealing term; it is that of the published 100M
+    run, in units of the highest rate.
     """
     shapes = sorted({each.decay for each in known}, key=lambda decay: (decay.shape, decay.steps))
     forks = list({(each.place.run, each.place.from_step): each.place for each in known}.values())
@@ -88,22 +90,33 @@ def of_law(lab: Lab, known: Sequence[Known]) -> list[float | None]:
 def law_forecasts(checkpoint: Path, place: Place, shapes: Sequence[Decay]) -> list[float | None]:
     """Of each decay from one fork; None where the curve has too few losses."""
     log = hf_trainer.read_meta(checkpoint).log
-    schedule = from_pairs([step for step, _ in log.learning_rates], [rate for _, rate in log.learning_rates])
+    peak = max(rate for _, rate in log.learning_rates)
+    warm = min(step for step, rate in log.learning_rates if rate == peak)
+    schedule = Schedule(rates_T=np.full(place.from_step + 1, peak))
+    losses = [(step, loss) for step, loss in log.losses if step > warm]
     try:
-        curve = curve_of("", [step for step, _ in log.losses], [loss for _, loss in log.losses], schedule)
+        curve = curve_of("", [step for step, _ in losses], [loss for _, loss in losses], schedule)
     except InputError:
         return [None] * len(shapes)
-    values_P = _fitted(curve)
-    raw = [p for p in place.probes if len(p.steps) == 1]
-    at_R = np.array(sorted(p.steps[0] for p in raw))
-    held_out = np.array([p.loss for p in sorted(raw, key=lambda p: p.steps[0])])
-    offset = float(np.mean(held_out - MULTI_POWER.evaluate(values_P, compress(schedule, at_R))[0]))
+    values_P = _with_published_annealing(_fitted(curve), peak)
+    raw = sorted((p.steps[0], p.loss) for p in place.probes if len(p.steps) == 1)
+    at_R, held_out_R = np.array([step for step, _ in raw]), np.array([loss for _, loss in raw])
+    offset = float(np.mean(held_out_R - MULTI_POWER.evaluate(values_P, compress(schedule, at_R))[0]))
     found: list[float | None] = []
     for decay in shapes:
-        annealed = schedule.until(place.from_step).annealed(decay.shape, decay.steps)
+        annealed = schedule.annealed(decay.shape, decay.steps)
         end = compress(annealed, np.array([annealed.last_step]))
         found.append(float(MULTI_POWER.evaluate(values_P, end)[0][0]) + offset)
     return found
+
+
+def _with_published_annealing(values_P: NDArray[np.float64], peak: float) -> NDArray[np.float64]:
+    """L0, A and α as fitted; B, C, β, γ of arXiv 2503.12811 (100M), whose highest rate was 3e-4."""
+    units = _PUBLISHED_PEAK / peak
+    b, c, beta, gamma = _PUBLISHED_100M
+    published = {"B": b * units, "C": c * units ** (1 - gamma), "beta": beta, "gamma": gamma}
+    named = dict(zip(MULTI_POWER.parameters, values_P, strict=True)) | published
+    return np.array([named[name] for name in MULTI_POWER.parameters])
 
 
 def _fitted(curve: Curve) -> NDArray[np.float64]:
