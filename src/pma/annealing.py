@@ -194,8 +194,9 @@ def run_probe(point: TrajectoryPoint, decay: Decay, progress: Progress | None = 
     if not (run / run_folder.RECORD_FILE).is_file():
         return None
     assert point.step is not None
-    steps = probe_steps(point.step, decay)
+    recipe = run_folder.read_record(run).recipe
+    every = recipe.steps_for(recipe.run.checkpoint_every_tokens)
+    steps = -(-probe_steps(point.step, decay) // every) * every  # so that a checkpoint lies at its end
     out = run / KEPT_FOLDER.parent / "probes" / f"{decay.shape}-{point.step}-{steps}"
-    tokens = steps * run_folder.read_record(run).recipe.tokens_a_step
-    fork(point.path, out, anneal=decay.shape, tokens=tokens, progress=progress)
+    fork(point.path, out, anneal=decay.shape, tokens=steps * recipe.tokens_a_step, progress=progress)
     return out
