@@ -115,7 +115,7 @@ def test_constants_are_found_again() -> None:
     gains[3] += 5.0  # one window went wrong
     found = fitted(known, gains, gradient=True)
     for name in FITTED:
-        assert getattr(found, name) == pytest.approx(getattr(truth, name), rel=0.1), name
+        assert getattr(found, name) == pytest.approx(getattr(truth, name), rel=0.15), name
     without = [e for n, e in enumerate(known) if n != 3]
     misses = [predict(e, found).gain - predict(e, truth).gain for e in without]
     assert np.abs(misses).max() < 0.02
