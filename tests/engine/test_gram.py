@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pma.diagnosis.groups import group_of
-from pma.engine import MergeOptions, memory_budget
+from pma.engine import MergeOptions, gram, memory_budget
 from pma.engine.gram import InnerProducts, inner_products
 from pma.errors import MismatchError, NonfiniteError, UsageError
 from pma.formats import open_checkpoint
@@ -98,15 +98,18 @@ def test_integers_play_no_part_and_complex_numbers_are_two(tmp_path: Path) -> No
     assert sizes["other"] == 16 * 48 + 16 + 1 + 18
 
 
+@pytest.mark.parametrize("directly", [True, False])
 @pytest.mark.parametrize(("threads", "tile_bytes"), [(1, 2**16), (3, 2**19)])
 def test_threads_tiles_and_shards_do_not_matter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int, tile_bytes: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int, tile_bytes: int, directly: bool
 ) -> None:
     """Tiles of 64 KiB cut the largest tensor, whose shards differ from source to source."""
     paths = tiny_run(tmp_path / "a", 3, "fp32", shapes=SHAPES, shards=3)
     again = tiny_run(tmp_path / "b", 2, "fp32", shapes=SHAPES)
     mixed = [*paths[:2], again[0]]
     monkeypatch.setattr(memory_budget, "LARGEST_TILE_BYTES", tile_bytes)
+    if not directly:  # read from Python, as from stores
+        monkeypatch.setattr(gram, "MOST_CUTS", 0)
     with plan(Choice(paths=tuple(mixed), as_given=True), MergeOptions(threads=threads)) as planned:
         check(inner_products(planned, group_of), mixed)
 

@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit
 
 from pma.averaging.accumulate import STORAGE
-from pma.averaging.kernels import _widened
+from pma.averaging.kernels import DONE, READ_FAILED, STOPPED, _pread, _widened
 from pma.types import DType
 
 #: elements of a stretch: so many fp64 values of twenty checkpoints lie in the first cache
@@ -75,10 +75,54 @@ def add_products(rows_NB: Any, low: int, high: int, count: int, deviations_NT: A
                 _add_four_products(deviations_NT, i, j, size, gram_NN)
 
 
+@_compiled
+def read_and_add_products(
+    descriptors_CN: Any,
+    offsets_CN: Any,
+    counts_C: Any,
+    edges_E3: Any,
+    rows_NB: Any,
+    deviations_NT: Any,
+    gram_GNN: Any,
+    stop: Any,
+) -> int:
+    """The same for a span, cut by cut of `counts_C` elements, each of which lies in one piece in each source,
+    from its byte offset in an open file. `edges_E3`: group, first element and element after the last.
+
+    Nothing is to be used of `gram_GNN` unless the answer is `DONE`.
+    """
+    count, width = descriptors_CN.shape[1], rows_NB.itemsize
+    position = 0
+    for c in range(len(counts_C)):
+        for low in range(0, counts_C[c], rows_NB.shape[1]):
+            size = min(rows_NB.shape[1], counts_C[c] - low)
+            for n in range(count):
+                if stop[0]:
+                    return STOPPED
+                wanted, offset = size * width, offsets_CN[c, n] + low * width
+                into = rows_NB[n].ctypes
+                if _pread(descriptors_CN[c, n], into, np.uint64(wanted), np.int64(offset)) != wanted:
+                    return READ_FAILED
+            for e in range(len(edges_E3)):
+                first = max(edges_E3[e, 1] - position, 0)
+                after = min(edges_E3[e, 2] - position, size)
+                if first < after:
+                    group_NN = gram_GNN[edges_E3[e, 0]]
+                    add_products(rows_NB, first, after, count, deviations_NT, group_NN)
+            position += size
+    return DONE
+
+
 def load_kernel(types: Iterable[DType]) -> None:
     """Compile, or load from the compiler's cache, the loop for values of each type; else the first tile
     would.
     """
     for dtype in types:
-        storage = np.float32 if dtype is DType.F16 else STORAGE[dtype]
-        add_products(np.zeros((1, 1), storage), 0, 0, 1, np.zeros((2, STRETCH)), np.zeros((2, 2)))
+        rows_NB = np.zeros((1, 1), np.float32 if dtype is DType.F16 else STORAGE[dtype])
+        deviations_NT, gram_GNN, none = np.zeros((2, STRETCH)), np.zeros((1, 2, 2)), np.empty(0, np.int64)
+        add_products(rows_NB, 0, 0, 1, deviations_NT, gram_GNN[0])
+        descriptors_CN, offsets_CN = np.empty((0, 1), np.int32), np.empty((0, 1), np.int64)
+        edges_E3, stop = np.empty((0, 3), np.int64), np.zeros(1, np.uint8)
+        read_and_add_products(
+            descriptors_CN, offsets_CN, none, edges_E3, rows_NB, deviations_NT, gram_GNN, stop
+        )

@@ -18,6 +18,9 @@ from pma.remote import location
 if TYPE_CHECKING:
     from pma.diagnosis.diagnosing import Diagnosis
     from pma.diagnosis.movement import Movement
+    from pma.diagnosis.verdict import Advice
+
+_WINDOWS_SHOWN = 5
 
 
 def register(app: typer.Typer) -> None:
@@ -54,8 +57,8 @@ def diagnose(
     memory: flags.Memory = flags.DEFAULT_MEMORY,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
-    """What the checkpoints of a window tell about merging them: how far and how straight they moved, drift
-    against noise, how many are independent, by group of tensors.
+    """Merge, wait, or not here, and with which window: what the newest checkpoints and the log tell. How far
+    and how straight the weights moved, drift against noise, how many are independent, by group of tensors.
 
     Each is read once; nothing is written or evaluated. Without --last it takes the newest 20.
 
@@ -124,6 +127,26 @@ def show(done: Diagnosis) -> None:
         (*columns, "merge norm", "directions"),
         [*rows, _row("all", done.whole, done)],
     )
+    say()
+    _show_advice(done.advice)
+
+
+def _show_advice(advice: Advice) -> None:
+    say(f"Verdict: {advice.verdict.value}" + (f", {advice.windows[0].flags}" if advice.to_merge else ""))
+    for reason in advice.reasons:
+        say(f"  {printable(reason, 400)}")
+    if advice.windows:
+        rows = [
+            (
+                window.flags,
+                f"{window.predicted.gain:+.3f}",
+                f"{window.predicted.error:.3f}",
+                f"{window.predicted.noise:.3f}",
+                f"{window.predicted.cost:.3f}",
+            )
+            for window in advice.windows[:_WINDOWS_SHOWN]
+        ]
+        table(("window", "gain, nats", "± error", "noise removed", "drift costs"), rows)
 
 
 def _row(name: str, moved: Movement, done: Diagnosis) -> tuple[str, ...]:

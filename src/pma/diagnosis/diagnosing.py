@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from pma.diagnosis.advising import Read, advise
 from pma.diagnosis.groups import GROUPS, group_of
 from pma.diagnosis.movement import Movement, movement
+from pma.diagnosis.verdict import Advice, Verdict
 from pma.engine import Plan
 from pma.engine.gram import InnerProducts, inner_products
 from pma.engine.stream import Progress
@@ -28,7 +30,7 @@ MOST_BY_DEFAULT = 20
 class Diagnosis:
     """Of checkpoints `points`, oldest first, which lie at `positions_N`: steps, or where those are not known
     whole numbers (`unit` says which). `whole` model and by group of tensors; where the rate `changes`; what
-    broke away; `notes` for people.
+    broke away; the `advice`; `notes` for people.
     """
 
     points: tuple[TrajectoryPoint, ...]
@@ -38,6 +40,7 @@ class Diagnosis:
     groups: Mapping[str, Movement]
     changes: tuple[str, ...]
     breakaways: tuple[Breakaway, ...]
+    advice: Advice
     notes: tuple[str, ...]
     bytes_read: int
 
@@ -50,6 +53,7 @@ class Diagnosis:
             "groups": {name: group.to_json(self.positions_N) for name, group in self.groups.items()},
             "changes": list(self.changes),
             "breakaways": [_described(each) for each in self.breakaways],
+            "advice": self.advice.to_json(),
             "notes": list(self.notes),
             "bytes_read": self.bytes_read,
         }
@@ -79,6 +83,21 @@ def diagnose(
     whole, groups = _movements(positions_N, products)
     if whole.distance == 0 and whole.path == 0:
         notes.append("all checkpoints hold the same weights")
+    broke_away = _inside(points, curves)
+    if curves is None or unit != "steps":
+        what = "no training log was found (--log names one)" if curves is None else "steps are not known"
+        advice = Advice(verdict=Verdict.CANNOT_TELL, reasons=(f"{what}, so what drift costs is not known",))
+    else:
+        advice = advise(
+            Read(
+                points=points,
+                steps_M=positions_N,
+                deviations_MM=products.deviations_GNN.sum(axis=0),
+                length=whole.newest_norm,
+                curves=curves,
+                breakaways=broke_away,
+            )
+        )
     return Diagnosis(
         points=points,
         positions_N=positions_N,
@@ -86,7 +105,8 @@ def diagnose(
         whole=whole,
         groups=groups,
         changes=tuple(_changes(points)),
-        breakaways=_inside(points, curves),
+        breakaways=broke_away,
+        advice=advice,
         notes=tuple(notes),
         bytes_read=products.bytes_read,
     )

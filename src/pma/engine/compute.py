@@ -40,10 +40,10 @@ from pma.formats.runs import Integers, whole_box
 from pma.types import DType, Role
 
 Buffer = NDArray[Any]
-_Where = tuple[Integers, list[tuple[int, int, str, int, int]]]
+Where = tuple[Integers, list[tuple[int, int, str, int, int]]]
 
-# sources that the compiled loop holds open at once; systems allow a process 1024 files or fewer
-_MOST_OPEN = 64
+#: sources that a compiled loop holds open at once; systems allow a process 1024 files or fewer
+MOST_OPEN = 64
 # parts of a file this far apart are opened as one
 _NEAR_BYTES = 2**20
 
@@ -116,7 +116,7 @@ class BlockWorker:
         if DType.F16 in (span.dtype_in, span.dtype_out):
             return False
         needed = sorted({number for k in wanted for number, _ in self._recipes[k].members})
-        if len(needed) > _MOST_OPEN:
+        if len(needed) > MOST_OPEN:
             return False
         readers = [self._readers[number] for number in needed]
         segments = Segments(span)
@@ -128,12 +128,12 @@ class BlockWorker:
         while parts:
             cuts = parts.pop()
             alike = {reader.layout_digest: reader for reader in readers}
-            found = {digest: _where(segments, reader, cuts) for digest, reader in alike.items()}
-            where = [found[reader.layout_digest] for reader in readers]
-            if len(cuts) > 2 and sum(len(runs) for _, runs in where) > _MOST_OPEN:
+            found = {digest: where(segments, reader, cuts) for digest, reader in alike.items()}
+            places = [found[reader.layout_digest] for reader in readers]
+            if len(cuts) > 2 and sum(len(runs) for _, runs in places) > MOST_OPEN:
                 middle = len(cuts) // 2
                 parts += [cuts[middle:], cuts[: middle + 1]]
-            elif not self._average_cuts(span, wanted, needed, where, cuts):
+            elif not self._average_cuts(span, wanted, needed, places, cuts):
                 return False
         return True
 
@@ -142,7 +142,7 @@ class BlockWorker:
         span: Span,
         wanted: Sequence[int],
         needed: Sequence[int],
-        where: Sequence[_Where],
+        where: Sequence[Where],
         cuts: Integers,
     ) -> bool:
         """The span's bytes from the first of `cuts` to the last, from `where` they lie in each source."""
@@ -248,7 +248,7 @@ def on_pages(count: int, length_bytes: int) -> Buffer:
     return np.frombuffer(memory, np.uint8).reshape(count, length_bytes)
 
 
-def _where(segments: Segments, reader: CheckpointReader, cuts: Integers) -> _Where:
+def where(segments: Segments, reader: CheckpointReader, cuts: Integers) -> Where:
     """Byte offset in a source of each cut of a span, and the parts of files that hold them: (first cut, cut
     after the last, file, byte offset, length). Near cuts of a file are one part.
     """

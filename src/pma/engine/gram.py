@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,14 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pma.averaging.accumulate import STORAGE
-from pma.averaging.inner_products import STRETCH, add_products, load_kernel
+from pma.averaging.inner_products import STRETCH, add_products, load_kernel, read_and_add_products
+from pma.averaging.kernels import DONE, STOPPED
 from pma.engine import provenance
 from pma.engine.blocks import Block, Policy, Span
-from pma.engine.compute import first_nonfinite, on_pages
+from pma.engine.compute import MOST_OPEN, first_nonfinite, on_pages, where
 from pma.engine.memory_budget import rows_tile_bytes_within
 from pma.engine.plan import Plan
 from pma.engine.read_ahead import ReadAhead
-from pma.engine.reading import SpanReader
+from pma.engine.reading import MOST_CUTS, SpanReader
 from pma.engine.segments import Segments
 from pma.engine.stopping import StopFlag
 from pma.engine.stream import Progress, forget_what_does_not_fit, in_threads
@@ -28,6 +30,7 @@ from pma.errors import Interrupted, NonfiniteError, printable
 from pma.types import DType
 
 Floats = NDArray[np.float64]
+_NEAR_BYTES, _PAGE = 2**19, 2**12
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -110,6 +113,9 @@ class _Worker:
         self._source = SpanReader(work.readers, ahead)
         self._count = len(work.readers)
         even = self._count + self._count % 2
+        # so little of each that all of it stays in the second cache between reading and adding
+        near_bytes = max(_NEAR_BYTES // self._count // _PAGE * _PAGE, _PAGE)
+        self._near = on_pages(self._count, near_bytes)
         self._rows = on_pages(self._count, work.tile_bytes)
         self._deviations_NT = np.zeros((even, STRETCH))
         self._gram_GNN = np.zeros((groups, even, even))
@@ -128,11 +134,56 @@ class _Worker:
         while not self._stop.is_set() and (block := self._ahead.next()) is not None:
             before = self.bytes_read
             for index, span in enumerate(block.spans):
-                self._add(block, index, span)
+                if not self._add_directly(span):
+                    self._add(block, index, span)
                 if not np.isfinite(self._gram_GNN).all():
                     raise _not_finite(span, self._work)
             if progress is not None:
                 progress(self.bytes_read - before)
+
+    def _add_directly(self, span: Span) -> bool:
+        """The same as `_add` in one compiled loop; False, and nothing done, where that cannot be."""
+        readers = self._work.readers
+        if span.dtype_in is DType.F16 or len(readers) > MOST_OPEN:
+            return False
+        segments = Segments(span)
+        cuts = segments.cuts(readers)
+        if len(cuts) > MOST_CUTS:
+            return False
+        alike = {reader.layout_digest: reader for reader in readers}
+        found = {digest: where(segments, reader, cuts) for digest, reader in alike.items()}
+        places = [found[reader.layout_digest] for reader in readers]
+        if sum(len(runs) for _, runs in places) > MOST_OPEN:
+            return False
+        width, per_element = span.dtype_in.bits // 8, 2 if span.dtype_in is DType.C64 else 1
+        descriptors_CN = np.empty((len(cuts) - 1, len(readers)), np.int32)
+        edges_E3 = np.array(self._edges(span), np.int64)
+        edges_E3[:, 1:] *= per_element
+        added_GNN = np.zeros_like(self._gram_GNN)
+        with ExitStack() as opened:
+            for n, (_, runs) in enumerate(places):
+                for first, last, file, offset_bytes, length_bytes in runs:
+                    descriptor = readers[n].descriptor(file, offset_bytes, length_bytes)
+                    if descriptor is None:
+                        return False
+                    descriptors_CN[first:last, n] = opened.enter_context(descriptor)
+            outcome = read_and_add_products(
+                descriptors_CN,
+                np.stack([offset_C for offset_C, _ in places], axis=1),
+                np.diff(cuts) // width * per_element,
+                edges_E3,
+                self._near.view(STORAGE[span.dtype_in]),
+                self._deviations_NT,
+                added_GNN,
+                self._stop.memory,
+            )
+        if outcome == STOPPED:
+            raise Interrupted("stopped")
+        if outcome != DONE:
+            return False  # reading again by requests finds out why
+        self._gram_GNN += added_GNN
+        self._source.bytes_read += span.length_in_bytes * len(readers)
+        return True
 
     def _add(self, block: Block, index: int, span: Span) -> None:
         width = span.dtype_in.bits // 8

@@ -147,6 +147,12 @@ STUDIES = (
         source=f"{PAPER}, limitations",
         claim="left open: does merging along post-training help?",
     ),
+    Study(
+        name="diagnose",
+        title="Which merges gain, told from weights and log alone",
+        source="beyond the paper",
+        claim="a diagnosis tells, without evaluating, which merges beat last and which window is best",
+    ),
 )
 
 
