@@ -1,9 +1,11 @@
 """How much worse is what `pma sweep --search` finds within a budget than what it finds without one?
 
-    python benchmarks/search_regret.py RUN… --budgets 1/4,1/8 -o results/search_regret.json
+    python benchmarks/search_regret.py RUN… --budgets 1/2,1/4,1/6 -o benchmarks/results/search_regret.json
 
 Of each run every candidate reads the half of the text that is chosen by; then the same search is run within
 budgets that are shares of what a grid of all candidates reads. Both winners are compared on the other half.
+Beside it, what as many readings of the whole half by candidates drawn at random would come to: the expected
+loss of the best of them above the best of all, on the half that is chosen by.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import resource
 from dataclasses import replace
 from fractions import Fraction
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +56,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--budgets", default="1/4,1/8")
+    parser.add_argument("--budgets", default="1/2,1/4,1/6")
     parser.add_argument("--characters", type=int, default=1_000, help="of each document")
     parser.add_argument("--store", type=Path, default=Path("search_regret.sqlite"))
     parser.add_argument("-o", "--out", type=Path, default=Path("search_regret.json"))
@@ -71,9 +74,11 @@ def _measured(run: Path, documents: list[Document], budgets: list[str], store: S
             **_told(found),
             "regret": regret.value,
             "regret_standard_error": regret.standard_error,
-            "rank_in_full": [r.contender.plan for r in full.ranked].index(found.winner.plan) + 1,
         }
     tokens = sum(full.reported["last"].tokens), sum(full.selected["last"].tokens)
+    losses = [ranked.loss for ranked in full.ranked]
+    for search in searches.values():
+        search["drawn_at_random"] = _drawn_at_random(losses, search["evaluations"], tokens[1] / sum(tokens))
     return {
         "run": run.name,
         "recipe": _recipe(run),
@@ -83,6 +88,16 @@ def _measured(run: Path, documents: list[Document], budgets: list[str], store: S
         "searches": searches,
         "losses": [{"name": r.contender.words, "loss": r.loss} for r in full.ranked],
     }
+
+
+def _drawn_at_random(losses: list[float], evaluations: float, half: float) -> dict[str, float]:
+    """`losses`: of all candidates, rising. `half`: how much of the text is chosen by."""
+    in_any_case = 1 + 2 * (1 - half)
+    count = min(len(losses), int((evaluations - in_any_case) / half))
+    # the best of those drawn is the one with this many better ones, none of which is drawn
+    chances = [comb(len(losses) - 1 - better, count - 1) for better in range(len(losses))]
+    expected = sum(c * loss for c, loss in zip(chances, losses, strict=True)) / comb(len(losses), count)
+    return {"candidates": count, "expected_excess": expected - losses[0]}
 
 
 def _recipe(run: Path) -> str:
@@ -121,6 +136,11 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             for value in ("regret", "gain_over_last", "below_plain", "flattered_by", "evaluations")
             if value in found[0]
         }
+        | (
+            {"drawn_at_random": _mean([one["drawn_at_random"]["expected_excess"] for one in found])}
+            if "regret" in found[0]
+            else {}
+        )
         for name, found in of.items()
     }
 
