@@ -67,6 +67,14 @@ def test_a_place_that_is_better_by_chance_is_not_advised():
         assert (line.t == 1) == (line.ahead is None or line.ahead.low <= 0) == (line.gain_over_merge is None)
 
 
+def test_between_last_and_a_place_that_is_no_better_last_is_advised():
+    """Half-way between two places both are alike, and chance decides which is lower."""
+    found_of_S = [found(0.125, noise=0.02, seed=seed) for seed in range(40)]
+    assert {line.lowest_t for line in found_of_S} == {0.0, 0.25}
+    assert sum(line.t == 0 for line in found_of_S) >= 38
+    assert found(0.25).t == 0.25  # where it is better
+
+
 def test_the_interval_allows_for_the_number_of_places():
     from scipy.stats import t as student
 

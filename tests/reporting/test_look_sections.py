@@ -56,7 +56,7 @@ def test_words_follow_the_numbers():
     assert merge[1].startswith("Advised: the merge. By the half to choose by, no other place")
     (_, beyond) = line_words(made_up_look(best_t=1.5))
     assert beyond.startswith("Advised: t = 1.5 on the line from last (0) through the merge (1)")
-    assert beyond.endswith("0.0500 ± 0.0000 below the merge.")
+    assert beyond.endswith("0.0500 ± 0.0000 below the merge, 0.4500 ± 0.0000 below last.")
     (worse, last) = line_words(made_up_look(best_t=0.0))
     assert "0.2000 ± 0.0000 above last" in worse
     assert last.startswith("Advised: last itself")
@@ -65,7 +65,9 @@ def test_words_follow_the_numbers():
     assert "not by more than chance" in chance[1]
     unsure = made_up_look(best_t=1.5)
     unsure["line"]["gain_over_merge"]["low"] = -0.1
-    assert "is not confirmed" in line_words(unsure)[1]
+    assert "better than the merge is not confirmed" in line_words(unsure)[1]
+    unsure["line"]["gain"]["low"] = 0.0
+    assert "better than the merge and last is not confirmed" in line_words(unsure)[1]
 
 
 def test_all_is_said_once():

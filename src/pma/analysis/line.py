@@ -34,8 +34,9 @@ class Place:
 class Line:
     """What was found. `lowest_t`: where the loss is lowest on the half to choose by; `ahead`: by how much
     below the merge's there, with an interval that allows for how many places were compared; None if it is
-    the merge. `t`: what is advised, the merge's place unless `ahead` is above zero. `at_the_edge`: lowest at
-    the end of what was evaluated, so that the optimum may lie beyond.
+    the merge. `t`: what is advised: the merge's place unless `ahead` is above zero, and last's where last is
+    ahead of the merge too and the lowest place not of last. `at_the_edge`: lowest at the end of what was
+    evaluated, so that the optimum may lie beyond.
 
     All else is of the other half: `places`; at `t` the `loss`, the `gain` over last, and the
     `gain_over_merge` (None at the merge itself). `last_loss`, `merge_loss`: on both halves together.
@@ -85,10 +86,14 @@ def search(t_T: Sequence[float], nats_TD: ArrayLike, token_D: ArrayLike, chooses
     rows = dict(sorted(rows.items()))
     chooses = np.asarray(chooses_D, dtype=bool)
     lowest = min(rows, key=lambda t: float(rows[t][chooses].sum()))
-    ahead = None
-    if lowest != MERGE:
-        ahead = _of_many(rows[MERGE][chooses], rows[lowest][chooses], tokens[chooses], len(rows) - 1)
-    t = lowest if ahead is not None and ahead.low > 0 else MERGE
+
+    def ahead_of(other: float, at: float) -> Estimate | None:
+        if at == other:
+            return None
+        return _of_many(rows[other][chooses], rows[at][chooses], tokens[chooses], len(rows) - 1)
+
+    ahead = ahead_of(MERGE, lowest)
+    t = _advised(lowest, ahead, ahead_of(LAST, lowest), ahead_of(MERGE, LAST))
 
     def gain(over: float, at: float) -> Estimate:
         return paired_difference(rows[over][~chooses], rows[at][~chooses], tokens[~chooses])
@@ -108,6 +113,21 @@ def search(t_T: Sequence[float], nats_TD: ArrayLike, token_D: ArrayLike, chooses
         last_loss=mean_estimate(rows[LAST], tokens),
         merge_loss=mean_estimate(rows[MERGE], tokens),
     )
+
+
+def _advised(
+    lowest: float, of_merge: Estimate | None, of_last: Estimate | None, last_of_merge: Estimate | None
+) -> float:
+    """Of places between which the text cannot tell, the merge, or else last, which is there already. Given:
+    how far the lowest place is ahead of merge and of last, and last of the merge.
+    """
+    if not _sure(of_merge):
+        return MERGE
+    return lowest if _sure(of_last) or not _sure(last_of_merge) else LAST
+
+
+def _sure(ahead: Estimate | None) -> bool:
+    return ahead is not None and ahead.low > 0
 
 
 def _of_many(worse_D: Values, better_D: Values, token_D: Values, candidates: int) -> Estimate:

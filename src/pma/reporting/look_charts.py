@@ -60,8 +60,8 @@ def line_chart(line: Mapping[str, Any], bending: Mapping[str, Any] | None) -> An
 
 
 def _place(place: Mapping[str, Any]) -> dict[str, Any]:
-    loss, gain = place["loss"]["value"], place["gain"]
-    row = {"t": place["t"], "loss": loss, "drawn": _MEASURED, "gain": None, "low": loss, "high": loss}
+    loss, gain = float(place["loss"]["value"]), place["gain"]
+    row = {"t": float(place["t"]), "loss": loss, "drawn": _MEASURED, "gain": None, "low": loss, "high": loss}
     if gain is None:
         return row
     last = loss + gain["value"]

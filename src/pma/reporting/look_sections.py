@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pma.analysis.keeping import LOOKS
+from pma.reporting.charts import require_altair
 from pma.reporting.look_charts import directions_chart, experts_chart, line_chart, plane_chart
 from pma.reporting.look_words import (
     Plain,
@@ -31,10 +32,14 @@ def kept_sections(run: Path) -> list[Section]:
         kept = store.rows(LOOKS)
     if not kept:
         return []
+    invalid = require_altair().utils.schemapi.SchemaValidationError
     with reading(path):
         sections = look_sections(kept[-1].result)
-        for section in sections:
-            section.chart.to_dict()  # what cannot be drawn shows here
+        try:
+            for section in sections:
+                section.chart.to_dict()  # what cannot be drawn shows here
+        except invalid as error:
+            raise ValueError(str(error)) from error
     return sections
 
 

@@ -74,10 +74,13 @@ def line_words(look: Plain) -> list[str]:
     if line["t"] != 1:
         said.append(
             f"Advised: {_place(line['t'])}, chosen by the other half. Its loss is "
-            f"{line['loss']['value']:.4f}: {_below(line['gain_over_merge'], 'the merge')}."
+            f"{line['loss']['value']:.4f}: {_below(line['gain_over_merge'], 'the merge')}"
         )
-        if line["gain_over_merge"]["low"] <= 0:
-            said[-1] += " That it is better than the merge is not confirmed."
+        said[-1] += "." if line["t"] == 0 else f", {_below(line['gain'], 'last')}."
+        over = {"the merge": line["gain_over_merge"]} | ({} if line["t"] == 0 else {"last": line["gain"]})
+        unsure = [whose for whose, gain in over.items() if gain["low"] <= 0]
+        if unsure:
+            said[-1] += f" That it is better than {' and '.join(unsure)} is not confirmed."
     elif line["ahead"] is None:
         said.append("Advised: the merge. By the half to choose by, no other place on the line is better.")
     else:
