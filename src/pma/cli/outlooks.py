@@ -185,7 +185,10 @@ def _show(made: RunOutlook, decay: Decay, calibration: Calibration) -> None:
         say(f"  which moves this forecast by {asked.moved_by:+.4f}")
     for why, _ in asked.widened:
         note(f"{why}. The intervals are widened for it")
-    note(f"calibration {calibration.name}: {calibration.what}")
+    note(
+        f"calibration {calibration.name}: {calibration.what}. Of other sizes and recipes it knows nothing; a "
+        "decay of the run itself (--annealed) tells how far it holds"
+    )
     say()
     columns = ("steps", "ends at", "loss", "80%", "95%", "at constant rate")
     shown = sorted([asked, *made.lengths], key=lambda each: each.steps)
