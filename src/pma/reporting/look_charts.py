@@ -29,7 +29,7 @@ def line_chart(line: Mapping[str, Any], bending: Mapping[str, Any] | None) -> An
     x = alt.X(
         "t:Q",
         title="t: 0 is last, 1 the merge, more is beyond",
-        axis=alt.Axis(values=[row["t"] for row in rows], format="~g"),
+        axis=alt.Axis(values=[row["t"] for row in rows], labelExpr="datum.value"),  # formats would round
         scale=alt.Scale(nice=False, padding=12),
     )
     y = alt.Y("loss:Q", title="held-out loss (nats a token)", scale=alt.Scale(zero=False))
