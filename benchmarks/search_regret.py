@@ -92,7 +92,7 @@ def _measured(run: Path, documents: list[Document], budgets: list[str], store: S
 
 def _drawn_at_random(losses: list[float], evaluations: float, half: float) -> dict[str, float]:
     """`losses`: of all candidates, rising. `half`: how much of the text is chosen by."""
-    in_any_case = 1 + 2 * (1 - half)
+    in_any_case = 2 + (1 - half)
     count = min(len(losses), int((evaluations - in_any_case) / half))
     # the best of those drawn is the one with this many better ones, none of which is drawn
     chances = [comb(len(losses) - 1 - better, count - 1) for better in range(len(losses))]
@@ -122,6 +122,7 @@ def _told(outcome: Outcome) -> dict[str, Any]:
         "below_plain": found["winner_below_plain"]["value"],
         "below_plain_standard_error": found["winner_below_plain"]["standard_error"],
         "flattered_by": found["flattered_by"]["value"],
+        "flattered_beyond_plain": found["flattered_beyond_plain"]["value"],
         "plain_gain_over_last": found["plain"]["report"]["gain"]["value"],
     }
 
@@ -133,7 +134,14 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         name: {
             value: _mean([one[value] for one in found])
-            for value in ("regret", "gain_over_last", "below_plain", "flattered_by", "evaluations")
+            for value in (
+                "regret",
+                "gain_over_last",
+                "below_plain",
+                "flattered_by",
+                "flattered_beyond_plain",
+                "evaluations",
+            )
             if value in found[0]
         }
         | (

@@ -137,10 +137,10 @@ def show(result: dict[str, Any]) -> None:
     )
     say()
     say(_verdict(found))
-    flattered = found["flattered_by"]
     say(
         f"The half it was chosen by shows a gain of {found['winner']['selection']['gain']['value']:+.4f}: "
-        f"{_with_error(flattered, '+.4f')} more than the other."
+        f"{_with_error(found['flattered_by'], '+.4f')} more than the other; over the plain window, which "
+        f"tells the choice from the halves, {_with_error(found['flattered_beyond_plain'], '+.4f')} more."
     )
     if found["winner_is_longest"]:
         say("No window had more checkpoints; longer ones may be better still: widen the search with --last.")

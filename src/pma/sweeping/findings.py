@@ -11,11 +11,14 @@ from pma.sweeping.searching import Outcome, Ranked
 
 if TYPE_CHECKING:
     from pma.evaluation.evaluate import Evaluation
+    from pma.evaluation.paired import Estimate
 
 
 def findings(outcome: Outcome) -> dict[str, Any]:
     """Budget and what was spent; rungs; winner, plain window and last checkpoint on the half of the text that
-    was not chosen by; what the winner gained on the half it was chosen by beyond that.
+    was not chosen by; what the winner gained on the half it was chosen by beyond that, over the last
+    checkpoint and over the plain window. That no candidate was chosen by: the halves differ for it only by
+    chance.
 
     Gains are over the last checkpoint, paired by document, positive where the merge is better.
     """
@@ -24,6 +27,7 @@ def findings(outcome: Outcome) -> dict[str, Any]:
     halves, reported, selected = outcome.halves, outcome.reported, outcome.selected
     gain_selected = loss_difference(selected["last"], selected["winner"])
     gain_reported = loss_difference(reported["last"], reported["winner"])
+    below_plain = loss_difference(reported["plain"], reported["winner"])
     return {
         "budget": outcome.budget,
         "evaluations": outcome.evaluations,
@@ -50,12 +54,11 @@ def findings(outcome: Outcome) -> dict[str, Any]:
         },
         "winner_is_longest": _is_longest(outcome),
         "winner_is_plain": outcome.winner.plan == outcome.field.plain.plan,
-        "winner_below_plain": asdict(loss_difference(reported["plain"], reported["winner"])),
-        "flattered_by": {
-            "value": gain_selected.value - gain_reported.value,
-            # of different documents, so they are independent
-            "standard_error": math.hypot(gain_selected.standard_error, gain_reported.standard_error),
-        },
+        "winner_below_plain": asdict(below_plain),
+        "flattered_by": _difference(gain_selected, gain_reported),
+        "flattered_beyond_plain": _difference(
+            loss_difference(selected["plain"], selected["winner"]), below_plain
+        ),
         "ranked": [_row(ranked, outcome) for ranked in outcome.ranked],
     }
 
@@ -83,6 +86,14 @@ def described(contender: Contender) -> dict[str, Any]:
 def _row(ranked: Ranked, outcome: Outcome) -> dict[str, Any]:
     share = ranked.parts / len(outcome.halves.parts)
     return {**described(ranked.contender), "parts": ranked.parts, "share": share, "loss": ranked.loss}
+
+
+def _difference(selected: Estimate, reported: Estimate) -> dict[str, float]:
+    """Of estimates on different documents, which are independent."""
+    return {
+        "value": selected.value - reported.value,
+        "standard_error": math.hypot(selected.standard_error, reported.standard_error),
+    }
 
 
 def _scored(own: Evaluation, last: Evaluation) -> dict[str, Any]:

@@ -67,8 +67,9 @@ class Reader:
         for each in asked:
             wanted = [self._parts[part] for part in each.parts] + [self._report] * each.report
             for measure in wanted:
-                if (each.place, measure.name) not in self._read:
-                    missing.setdefault(each.place, []).append(measure)
+                of_place = missing.setdefault(each.place, [])
+                if (each.place, measure.name) not in self._read and measure not in of_place:
+                    of_place.append(measure)
         plans, keys = self._plans.plans, self._plans.keys
         done, _ = evaluate_each(
             [Asked(plan=plans[place], key=keys[place], measures=ms) for place, ms in missing.items()],

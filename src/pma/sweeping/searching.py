@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pma.errors import UsageError
@@ -38,9 +38,8 @@ class Ranked:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a search found. `ranked`: the candidates, best first. `selected`: evaluations of winner and last
-    checkpoint on the half that was chosen by; `reported`: of winner, last checkpoint and plain window on the
-    other.
+    """What a search found. `ranked`: the candidates, best first. `selected`: evaluations of winner, last
+    checkpoint and plain window on the half that was chosen by; `reported`: on the other.
 
     `budget`, `evaluations`: in readings of the whole text by one model; `tokens_read` in all, of which
     `tokens_known` by searches before.
@@ -85,7 +84,9 @@ def search(
         reader.read("the last checkpoint", [last])
         shares, budget = reader.shares(last.place), budget.count / reader.tokens_read
     budget, first_parts = _fitted(field, shares, budget)
-    contenders = _contenders(field, plans, reader, last, first_parts)
+    # so does the plain window: how much it gains on either half tells them apart
+    always = [last, replace(last, place=field.plain.plan)]
+    contenders = _contenders(field, plans, reader, always, first_parts)
     # fewer where some have one content
     run = halving.rungs(len(contenders), first_parts, len(halves.parts))
 
@@ -105,7 +106,7 @@ def search(
         budget=budget,
         rungs=run,
         ranked=tuple(_ranked(standing, contenders) for standing in standings),
-        selected={name: reader.on_selection(places[name]) for name in ("winner", "last")},
+        selected={name: reader.on_selection(place) for name, place in places.items()},
         reported={name: reader.on_report(place) for name, place in places.items()},
         evaluations=reader.readings(shares),
         tokens_read=reader.tokens_read,
@@ -120,9 +121,9 @@ def _ranked(standing: Standing, contenders: Sequence[Contender]) -> Ranked:
 def _fitted(field: Field, shares: Shares, budget: float | None) -> tuple[float, int]:
     """The budget, and how many parts each candidate reads at first so that it is kept.
 
-    Read in any case: all of the text by the last checkpoint, the reported half by plain window and winner.
+    Read in any case: all of the text by last checkpoint and plain window, the reported half by the winner.
     """
-    in_any_case = 1 + 2 * shares.report
+    in_any_case = 2 + shares.report
     singles = max(0, len(field.pool) - 1)
     narrowest = halving.cost(halving.rungs(field.most, 1, len(shares.parts)), shares.parts)
     least = math.ceil(10 * (in_any_case + narrowest + singles * shares.parts[0])) / 10
@@ -139,7 +140,7 @@ def _fitted(field: Field, shares: Shares, budget: float | None) -> tuple[float, 
 
 
 def _contenders(
-    field: Field, plans: Plans, reader: Reader, last: Asking, first_parts: int
+    field: Field, plans: Plans, reader: Reader, always: Sequence[Asking], first_parts: int
 ) -> tuple[Contender, ...]:
     """All candidates. Those of the best checkpoints are known once each has read what is read at first; that
     is read together with what the others read, from one pass over the checkpoints.
@@ -147,9 +148,8 @@ def _contenders(
     first = range(first_parts)
     singles = {point.path: plans.raw(point) for point in field.pool}
     places = dict.fromkeys([*(contender.plan for contender in field.known), *singles.values()])
-    asked = [Asking(place=place, parts=first) for place in places if place != last.place]
-    plain = Asking(place=field.plain.plan, report=True)
-    reader.read(f"{len(field.known)} candidates, {len(singles)} single checkpoints", [last, plain, *asked])
+    asked = [Asking(place=place, parts=first) for place in places if place not in (a.place for a in always)]
+    reader.read(f"{len(field.known)} candidates, {len(singles)} single checkpoints", [*always, *asked])
     losses = {path: _loss(reader.sums(place, first)) for path, place in singles.items()}
     return distinct((*field.known, *merges_of_best(field, losses, plans)))
 
