@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pma.averaging.accumulate import STORAGE
-from pma.averaging.inner_products import STRETCH, add_products, load_kernel, read_and_add_products
+from pma.averaging.inner_products import add_products, load_kernel, read_and_add_products, stretch_of
 from pma.averaging.kernels import DONE, STOPPED
 from pma.engine import provenance
 from pma.engine.blocks import Block, Policy, Span
@@ -37,7 +37,8 @@ _NEAR_BYTES, _PAGE = 2**19, 2**12
 class InnerProducts:
     """Of each of `groups`: how many values it has, the inner products of the checkpoints' deviations from the
     newest (`deviations_GNN`, whose last row and column are zero), those of the newest checkpoint with each
-    deviation (`newest_GN`, the last one with itself). All fp64; a complex number is two values.
+    deviation (`newest_GN`, the last one with itself). Exact to about 1e-7 of the two lengths, of fp64 sources
+    to 1e-15; a complex number is two values.
     """
 
     groups: tuple[str, ...]
@@ -117,7 +118,7 @@ class _Worker:
         near_bytes = max(_NEAR_BYTES // self._count // _PAGE * _PAGE, _PAGE)
         self._near = on_pages(self._count, near_bytes)
         self._rows = on_pages(self._count, work.tile_bytes)
-        self._deviations_NT = np.zeros((even, STRETCH))
+        self._stretches: dict[DType, NDArray[Any]] = {}
         self._gram_GNN = np.zeros((groups, even, even))
 
     def summed(self) -> Floats:
@@ -173,7 +174,7 @@ class _Worker:
                 np.diff(cuts) // width * per_element,
                 edges_E3,
                 self._near.view(STORAGE[span.dtype_in]),
-                self._deviations_NT,
+                self._stretch(span.dtype_in),
                 added_GNN,
                 self._stop.memory,
             )
@@ -207,9 +208,14 @@ class _Worker:
                         low * per_element,
                         high * per_element,
                         self._count,
-                        self._deviations_NT,
+                        self._stretch(span.dtype_in),
                         self._gram_GNN[group],
                     )
+
+    def _stretch(self, dtype: DType) -> NDArray[Any]:
+        if dtype not in self._stretches:
+            self._stretches[dtype] = stretch_of(dtype, self._count)
+        return self._stretches[dtype]
 
     def _values(self, dtype: DType, length_bytes: int) -> NDArray[Any]:
         rows_NB = self._rows[:, :length_bytes].view(STORAGE[dtype])
