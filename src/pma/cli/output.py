@@ -22,7 +22,8 @@ P = ParamSpec("P")
 def command(function: Callable[P, dict[str, Any]]) -> Callable[P, None]:
     """Turn a function that prints people's output and returns the JSON into a command with tidy errors.
 
-    The function prints only where its `json_output` argument is false.
+    The function prints only where its `json_output` argument is false. A result without anything in it is
+    another process's to give.
     """
 
     @functools.wraps(function)
@@ -41,7 +42,7 @@ def command(function: Callable[P, dict[str, Any]]) -> Callable[P, None]:
             where = f"{error.filename}: " if error.filename else ""
             raise _failed(PmaError(f"{where}{error.strerror or error}"), as_json) from None
         status = int(result.pop("exit_status", 0))
-        if as_json:
+        if as_json and result:
             print(json.dumps(result))
         if status:
             raise typer.Exit(status)

@@ -21,12 +21,18 @@ _LINE_SECONDS = 10.0
 
 
 @contextmanager
-def transfer(title: str, bytes_to_write: int, *, as_json: bool) -> Iterator[Callable[[int, int], None]]:
+def transfer(
+    title: str, bytes_to_write: int, *, as_json: bool, quiet: bool = False
+) -> Iterator[Callable[[int, int], None]]:
     """Call it with bytes read and written since the last call, from any thread. Bytes that were there already
     come with none read.
 
-    A bar where stderr is a terminal, else a line now and then; with `as_json` one JSON object a second.
+    A bar where stderr is a terminal, else a line now and then; with `as_json` one JSON object a second; with
+    `quiet` nothing.
     """
+    if quiet:
+        yield lambda read, written: None
+        return
     meter, lock = _Meter(bytes_to_write), threading.Lock()
     if as_json:
         last = [time.monotonic()]

@@ -8,21 +8,26 @@ from pma.engine.memory import average
 from pma.engine.plan import MergeOptions, Plan, is_mixture_of_experts, parameter_count
 from pma.engine.planning import plan
 from pma.engine.roofline import Roofline, measure_roofline
+from pma.engine.scaling import Scaling, predict
 from pma.engine.sweep import bytes_to_read_by, passes, sweep_digests, sweep_in_memory, sweep_to_folders
+from pma.engine.together.crew import Crew, crew_from
 from pma.engine.verify import Verification, verify
 
 __all__ = [
     "SNAPSHOTS",
+    "Crew",
     "How",
     "Merge",
     "MergeOptions",
     "Plan",
     "Roofline",
+    "Scaling",
     "Verification",
     "average",
     "built_at",
     "bytes_to_read_by",
     "check_output",
+    "crew_from",
     "is_mixture_of_experts",
     "is_written",
     "located_means",
@@ -30,6 +35,7 @@ __all__ = [
     "parameter_count",
     "passes",
     "plan",
+    "predict",
     "stored_beside",
     "sweep_digests",
     "sweep_in_memory",

@@ -26,6 +26,7 @@ from pma.engine.commit import How, Merge, check_room, is_written
 from pma.engine.journal import JOURNAL_FILE, Journal
 from pma.engine.lease import LEASE_FILE, Lease
 from pma.engine.plan import Plan
+from pma.engine.together import writing as together
 from pma.engine.work import shared_work
 from pma.errors import IncompleteError, Interrupted, StorageError, UsageError
 from pma.formats.contracts import UNFINISHED_FILE
@@ -92,8 +93,10 @@ def _refuse_existing(plan: Plan, out: RemotePath, *, fresh: bool) -> None:
 
 def write(plan: Plan, out: Path, **how: Unpack[How]) -> Merge:
     """As `commit.write`, also to a store: then it is built in `staging` first. An interrupted attempt goes
-    on, be it at building or at sending.
+    on, be it at building or at sending. With a `crew`, see `together.write`.
     """
+    if how.get("crew") is not None:
+        return together.write(plan, out, **how)
     return write_all([(plan, out)], **how)[0]
 
 

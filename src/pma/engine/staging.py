@@ -7,7 +7,7 @@ import errno
 import os
 from pathlib import Path
 
-from pma.engine.journal import JOURNAL_FILE
+from pma.engine.journal import JOURNAL_FILE, journals_of_others
 from pma.engine.lease import LEASE_FILE
 from pma.errors import UsageError
 from pma.formats import UNFINISHED_SUFFIX
@@ -84,8 +84,8 @@ def publish(folder: Path, out: Path) -> None:
     _rename_without_replacing(folder, out)
     sync_folder(out.parent)
     # only now: without its lease the folder would be free for another process to take until the rename
-    for name in (JOURNAL_FILE, LEASE_FILE):
-        (out / name).unlink(missing_ok=True)
+    for path in (out / JOURNAL_FILE, *journals_of_others(out), out / LEASE_FILE):
+        path.unlink(missing_ok=True)
     sync_folder(out)
 
 

@@ -8,7 +8,7 @@ import errno
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,8 +36,15 @@ class OpenFiles:
     A file in use is never closed: users are counted, and only idle ones beyond `most_idle` go.
     """
 
-    def __init__(self, folder: Path, most_idle: int = 2, flags: int = os.O_RDONLY) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        most_idle: int = 2,
+        flags: int = os.O_RDONLY,
+        opened: Callable[[], object] | None = None,
+    ) -> None:
         self._folder = folder
+        self._opened = opened
         self._most_idle = most_idle
         self._flags = flags
         self._lock = threading.Lock()
@@ -48,7 +55,10 @@ class OpenFiles:
         """The descriptor of `name`, kept open while in the block."""
         with self._lock:
             if name not in self._open:
-                self._open[name] = [open_file(self._folder / name, self._flags), 0]
+                descriptor = open_file(self._folder / name, self._flags)
+                self._open[name] = [descriptor, 0]
+                if self._opened is not None:
+                    self._opened()
             self._open.move_to_end(name)
             entry = self._open[name]
             entry[1] += 1

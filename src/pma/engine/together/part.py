@@ -1,0 +1,203 @@
+"""One process's part of a merge that another process drives: met, carried out, and the end awaited."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+from pma.engine import provenance
+from pma.engine.building import SAVE_SECONDS, kept_up
+from pma.engine.journal import JOURNAL_FILE, Followed, Journal, driver_journal, part_journal
+from pma.engine.lease import holder_of
+from pma.engine.partition import Part
+from pma.engine.plan import Plan
+from pma.engine.staging import staging_folder
+from pma.engine.stopping import StopFlag
+from pma.engine.stream import Digests, Output, Progress, stream
+from pma.engine.together.crew import Crew
+from pma.engine.together.views import difference, view
+from pma.engine.together.words import failure_in, said_by, tell_failure
+from pma.engine.work import work_of
+from pma.errors import Interrupted, MismatchError, PmaError, UsageError
+from pma.formats.folder_writer import FolderPart
+
+_KEPT = "what this process finished is kept, and the same command goes on with it"
+
+
+def pauses(longest: float = 1.0) -> Iterator[float]:
+    """Seconds between looks: short at first, as most waits are."""
+    pause = 0.02
+    while True:
+        yield pause
+        pause = min(1.5 * pause, longest)
+
+
+class Place:
+    """The hidden folder of an output under the lease with `token`, as one who does not hold it sees it."""
+
+    def __init__(self, out: Path, token: str, *, silent_seconds: float) -> None:
+        self.out, self.token = out, token
+        self.folder = staging_folder(out)
+        self._silent_seconds = silent_seconds
+        self._driver = Followed(self.folder / driver_journal(token), hold=True)
+        self._beat, self._beat_at = -1, time.monotonic()
+
+    def driver(self) -> Followed:
+        """What the process that drives says, up to now."""
+        self._driver.news()
+        return self._driver
+
+    def check_words(self) -> None:
+        """Raises Interrupted where the driver said that it failed."""
+        failed = failure_in(self.driver().said)
+        if failed is not None:
+            raise Interrupted(f"called off: {failed}")
+
+    def check(self) -> None:
+        """Raises Interrupted where the merge does not go on, or no sign of its driver was seen for long."""
+        holder, beat = holder_of(self.folder)
+        self.check_words()
+        if holder.get("token") != self.token or "released" in holder:
+            raise Interrupted(
+                f"called off: the merge to {self.out} goes on without this process, or not at all"
+            )
+        now = time.monotonic()
+        if beat != self._beat:
+            self._beat, self._beat_at = beat, now
+        elif now - self._beat_at > self._silent_seconds:
+            raise Interrupted(
+                f"no sign for {now - self._beat_at:.0f} s of process {holder.get('pid', '?')} on "
+                f"{holder.get('host', '?')}, which drives the merge to {self.out}; {_KEPT}"
+            )
+
+    def await_end(self) -> None:
+        """Return when the output is there. Raises Interrupted where it will not be."""
+        gone_at: float | None = None
+        for pause in pauses():
+            if os.path.lexists(self.out):
+                return
+            self.check_words()
+            if holder_of(self.folder)[0]:
+                self.check()
+            elif gone_at is None:
+                gone_at = (
+                    time.monotonic()
+                )  # over a network the new name may be seen later than the old one goes
+            elif time.monotonic() - gone_at > self._silent_seconds:
+                self.check()
+            time.sleep(pause)
+
+    def close(self) -> None:
+        """Follow the driver no more."""
+        self._driver.close()
+
+
+class Working:
+    """A process's own journal and hand on the files at a place, from `__init__` to `close`.
+
+    Raises UsageError where another process has that name already.
+    """
+
+    def __init__(self, plan: Plan, place: Place, name: str, who: str) -> None:
+        self._plan, self._place, self._who = plan, place, who
+        try:
+            self._journal = Journal(place.folder, part_journal(place.token, name), new=True)
+        except FileExistsError:
+            raise UsageError(
+                f"{who}: another process is {name} of the merge to {place.out}; is it started twice?"
+            ) from None
+        # a file that is opened while the lease is the driver's is the driver's too, whatever comes after
+        self._part = FolderPart(place.folder, opened=place.check)
+        self._read = 0
+        self.output = Output(part=self._part)
+        self._journal.start({"plan": provenance.heading(plan), "who": who})
+
+    def agree(self) -> None:
+        """Check that this process plans as the driver does, and tell it. Raises MismatchError."""
+        heading = self._place.driver().heading
+        assert heading is not None
+        found = difference(view(self._plan), heading["view"], me=self._who, them=heading["who"])
+        if found is not None:
+            raise MismatchError(f"{found}; nothing was written. Start again where all see the same files")
+        self._journal.say(agrees=True)
+
+    def carry_out(
+        self, part: Part, *, progress: Progress | None = None, save_seconds: float = SAVE_SECONDS
+    ) -> Digests:
+        """Make the blocks of a part and journal them; returns those that were made here."""
+        self.output.digests |= Followed(self._place.folder / JOURNAL_FILE).news()
+        before = set(self.output.digests)
+        stop = StopFlag()
+
+        def count(read: int, written: int) -> None:
+            self._read += read
+            if progress is not None:
+                progress(read, written)
+
+        with kept_up([self], stop, save_seconds):
+            if len(part):
+                stream(work_of(self._plan), [self.output], numbers=part, progress=count, stop=stop)
+        self.save()
+        provenance.check_unchanged(self._plan)
+        self._journal.say(done=True)
+        return {chunk: digest for chunk, digest in self.output.digests.items() if chunk not in before}
+
+    def show_life(self) -> None:
+        """Let the driver see that we live."""
+        self._journal.beat()
+
+    def save(self) -> None:
+        """Sync what is written, then say so in the journal; show that we live, and see that all goes on."""
+        self._place.check()
+        self.show_life()
+        new, read = self.output.taken(), self._read
+        if new:
+            self._part.sync()
+            self._journal.add(new, read=read)
+
+    def failed(self, error: BaseException) -> BaseException:
+        """Tell the driver; returns what to raise: where the merge was called off before, that."""
+        try:
+            self._place.check()
+        except PmaError as called_off:
+            if not isinstance(error, (UsageError, MismatchError)):
+                return called_off
+        tell_failure(self._journal, error)
+        return said_by(self._who, error) if isinstance(error, PmaError) else error
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._part.close()
+        self._journal.close()
+
+
+def carry_out(
+    plan: Plan,
+    part: Part,
+    out: Path,
+    token: str,
+    *,
+    name: str,
+    who: str,
+    silent_seconds: float = Crew.silent_seconds,
+    progress: Progress | None = None,
+    save_seconds: float = SAVE_SECONDS,
+) -> Digests:
+    """Carry out one part of a merge whose driver holds the lease with `token`, in any process that sees its
+    folder; returns the chunks that were made and journaled.
+
+    `name`: of this attempt at the part, and of no other, also where a part is tried again. Raises
+    MismatchError where this process plans another merge, Interrupted where the driver is gone.
+    """
+    with closing(Place(out, token, silent_seconds=silent_seconds)) as place:
+        working = Working(plan, place, name, who)
+        try:
+            working.agree()
+            return working.carry_out(part, progress=progress, save_seconds=save_seconds)
+        except BaseException as error:
+            raise working.failed(error) from error
+        finally:
+            working.close()
