@@ -160,6 +160,12 @@ def test_a_roofline_is_of_one_process(run: Path, tmp_path: Path, monkeypatch: py
     assert "--measure-roofline measures one process" in error_of(pma(*merge, "--measure-roofline"))
     monkeypatch.setenv("RANK", "2")
     assert "rank 2 of 2 processes" in error_of(pma(*merge))
+    assert "rank 2 of 2" in error_of(pma("eval", run))
+    monkeypatch.setenv("RANK", "1")
+    assert "pma eval works in one process, and this one was started as rank 1 of 2" in error_of(
+        pma("eval", run)
+    )
+    assert pma("plan", run, "--last", 3).exit_code == 0
     store = ("merge", run, "--last", 3, "-o", "memory://bucket/out")
     monkeypatch.setenv("RANK", "0")
     assert "lies in a store" in error_of(pma(*store))

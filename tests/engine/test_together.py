@@ -2,6 +2,7 @@
 fails. Ranks are threads here; real processes are started, and killed, in tests/cli and tests/torture.
 """
 
+import errno
 import json
 import os
 import threading
@@ -10,11 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pma import engine, trajectory
-from pma.engine import Crew, MergeOptions, blocks, partition, provenance
+from pma.engine import Crew, MergeOptions, blocks, journal, partition, provenance
 from pma.engine import building as building_module
 from pma.engine.attempt import attempt
 from pma.engine.building import Building, kept_up
@@ -297,6 +299,26 @@ def test_a_rank_that_does_not_come_is_named(run: list[Path], tmp_path: Path) -> 
     assert not hidden(tmp_path)
     alone = together(run, tmp_path / "out", 3, ranks=[1], crews={1: crew(1, 3, join_seconds=0.2)})
     assert "rank 1 on node1: rank 0 did not begin" in str(alone[0])
+    assert not hidden(tmp_path)
+
+
+def test_a_rank_that_cannot_write_names_node_and_path(
+    run: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its node has mounted the output's file system to read only: opening to write fails there."""
+    opened = os.open
+
+    def refusing(path: object, flags: int, *more: object, **named: object) -> int:
+        if flags & os.O_CREAT and str(path).endswith("-2"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return opened(path, flags, *more, **named)
+
+    monkeypatch.setattr(journal, "os", SimpleNamespace(**{**vars(os), "open": refusing}))
+    done = together(run, tmp_path / "out", 3, crews={0: crew(0, 3, join_seconds=2)})
+    assert isinstance(done[2], StorageError)
+    assert str(done[2]).startswith(f"rank 2 on node2: {tmp_path / '.out.pma-partial'}")
+    assert "Read-only file system" in str(done[2])
+    assert "rank 2 did not come" in str(done[0])
     assert not hidden(tmp_path)
 
 

@@ -25,13 +25,13 @@ from pma.formats.folder_writer import FolderPart
 SLOWER_SECONDS = 0.005  # a write: the stream is where most kills shall fall, and journals be written
 
 
-def slow_down() -> None:
+def slow_down(seconds: float = SLOWER_SECONDS) -> None:
     """Let every write take a while."""
     write = FolderPart.write
 
     def slow(part: FolderPart, file: str, offset_bytes: int, values: memoryview) -> None:
         write(part, file, offset_bytes, values)
-        time.sleep(SLOWER_SECONDS)
+        time.sleep(seconds)
 
     FolderPart.write = slow  # type: ignore[method-assign]
 

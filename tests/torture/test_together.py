@@ -23,6 +23,7 @@ from .checks import check_complete, check_finished, check_journal, weights_of
 
 SHAPES = {"a": (9_000_000,), "b": (3_000_001,), "c": (8_900_000,)}  # ten chunks
 KILLS = 20
+LEAST_RESUMED = 2
 PATIENT_SECONDS, IMPATIENT_SECONDS = 60.0, 1.0
 
 
@@ -79,7 +80,7 @@ def test_ranks_killed_again_and_again(
     expected, seconds = weights_of(tmp_path / "one"), whole["seconds"]
     assert expected
     kills = resumed = outputs = told = 0
-    while kills < KILLS * multiplier:
+    while kills < KILLS * multiplier or (resumed < LEAST_RESUMED and kills < 3 * KILLS):
         folder = quick_folder / "work"
         folder.mkdir()
         out = folder / "out"
@@ -102,15 +103,15 @@ def test_ranks_killed_again_and_again(
             kills += len(set(done["killed"]) & set(victims))
             told += sum(isinstance(said, str) for said in done["outcomes"].values())
             check_complete(folder, {out: expected})
-            check_journal(staging_folder(out))
-            check_journals_of_others(staging_folder(out))
+            journaled = check_journal(staging_folder(out)) + check_journals_of_others(staging_folder(out))
             if out.exists():
                 break
         if not out.exists():
             size = chance.choice((1, 2, 3, 4))
             last = server.ask({**job, "out": str(out), "size": size, "silent_seconds": PATIENT_SECONDS})
             assert all(isinstance(said, int) for said in last["outcomes"].values()), last
-            resumed += last["outcomes"]["0"] > 0
+            assert last["outcomes"]["0"] > 0 or not journaled
+            resumed += journaled > 0
         check_finished(out, expected)
         assert [path for path in folder.iterdir() if path != out] == []
         shutil.rmtree(folder)
@@ -118,5 +119,5 @@ def test_ranks_killed_again_and_again(
         f"\n{kills} kills of ranks, {outputs} outputs, {resumed} resumed; {told} ranks stopped by themselves"
     )
     # or these kills would have tested nothing
-    assert resumed > outputs / 4
+    assert resumed >= LEAST_RESUMED
     assert told > 0

@@ -1,14 +1,15 @@
-"""Commands that a launcher, torchrun or srun, started in several processes: who speaks, and of what."""
+"""Commands that a launcher, torchrun or srun, started in several processes: who speaks, what is refused."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
 
-from pma.cli.output import note
-from pma.engine import Crew, Merge, crew_from
+from pma.engine import Crew, crew_from
 from pma.errors import UsageError
-from pma.quantities import bytes_text
+
+# what reads headers at most and writes nothing may run in any number of processes
+_TOGETHER, _ANYHOW = ("init", "merge"), ("forecast", "inspect", "plan", "spikes")
+_NAMED = {"evaluate": "eval"}
 
 
 def launched(*, measures_roofline: bool = False) -> Crew | None:
@@ -19,16 +20,20 @@ def launched(*, measures_roofline: bool = False) -> Crew | None:
     return crew
 
 
+def refuse_repeated(command: str) -> None:
+    """Raises UsageError where a launcher started a command that each of several processes would do alone."""
+    command = _NAMED.get(command, command)
+    if command in (*_TOGETHER, *_ANYHOW):
+        return
+    crew = crew_from(os.environ)
+    if crew is not None:
+        raise UsageError(
+            f"pma {command} works in one process, and this one was started as rank {crew.rank} of "
+            f"{crew.size}; start it without torchrun or srun (or unset RANK and WORLD_SIZE). Only pma merge "
+            "and pma init share their work"
+        )
+
+
 def speaks(crew: Crew | None) -> bool:
     """Whether this process shows progress and the result of all."""
     return crew is None or crew.leads
-
-
-def told_by_another(crew: Crew, done: Merge) -> dict[str, Any]:
-    """A line of what this process did; its result is none, as rank 0 gives that of all."""
-    if done.bytes_written:
-        note(
-            f"{crew.name}: read {bytes_text(done.bytes_read)}, wrote {bytes_text(done.bytes_written)} in "
-            f"{done.stream_seconds:.1f} s"
-        )
-    return {}

@@ -13,9 +13,9 @@ import typer
 from pma import engine, trajectory, verbs
 from pma.cli import options as flags
 from pma.cli.interval_means import means_text, note_gaps, note_means, sources_text
-from pma.cli.launching import launched, speaks, told_by_another
+from pma.cli.launching import launched, speaks
 from pma.cli.output import command, note, or_unknown, say, table
-from pma.cli.transfer import cost, sending, show_cost, transfer
+from pma.cli.transfer import cost, sending, show_cost, told_by_another, transfer
 from pma.engine import SNAPSHOTS, Plan
 from pma.errors import printable
 from pma.quantities import bytes_text, count_text, parse_rate

@@ -14,6 +14,7 @@ from typing import Any, ParamSpec
 
 import typer
 
+from pma.cli.launching import refuse_repeated
 from pma.errors import Interrupted, PmaError
 
 P = ParamSpec("P")
@@ -30,6 +31,7 @@ def command(function: Callable[P, dict[str, Any]]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         as_json = bool(kwargs.get("json_output"))
         try:
+            refuse_repeated(function.__name__)
             result = function(*args, **kwargs)
         except PmaError as error:
             raise _failed(error, as_json) from None

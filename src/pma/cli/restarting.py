@@ -10,9 +10,9 @@ import typer
 
 from pma import engine, restart, trajectory, verbs
 from pma.cli import options as flags
-from pma.cli.launching import launched, speaks, told_by_another
+from pma.cli.launching import launched, speaks
 from pma.cli.output import command, note, say
-from pma.cli.transfer import cost, sending, show_cost, transfer
+from pma.cli.transfer import cost, sending, show_cost, told_by_another, transfer
 from pma.errors import UsageError
 from pma.remote import location
 

@@ -13,6 +13,7 @@ from pma.errors import (
     Interrupted,
     MismatchError,
     NonfiniteError,
+    PmaError,
     SpaceError,
     StorageError,
     UsageError,
@@ -80,8 +81,13 @@ def errors_of_ours(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kind = SpaceError if error.errno in NO_ROOM else StorageError
-        where = error.filename if isinstance(error.filename, str) else out
-        raise kind(f"{where}: writing failed: {error.strerror or error}") from error
+        raise of_ours(error, out) from error
     except KeyboardInterrupt:
         raise Interrupted("interrupted while merging") from None
+
+
+def of_ours(error: OSError, out: Path) -> PmaError:
+    """What the system said while `out` was written, as one of the errors that we promise."""
+    kind = SpaceError if error.errno in NO_ROOM else StorageError
+    where = error.filename if isinstance(error.filename, str) else out
+    return kind(f"{where}: writing failed: {error.strerror or error}")

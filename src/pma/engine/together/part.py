@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 
 from pma.engine import provenance
+from pma.engine.attempt import of_ours
 from pma.engine.building import SAVE_SECONDS, kept_up
 from pma.engine.journal import JOURNAL_FILE, Followed, Journal, driver_journal, part_journal
 from pma.engine.lease import holder_of
@@ -109,6 +110,8 @@ class Working:
             raise UsageError(
                 f"{who}: another process is {name} of the merge to {place.out}; is it started twice?"
             ) from None
+        except OSError as error:
+            raise said_by(who, of_ours(error, place.folder)) from error
         # a file that is opened while the lease is the driver's is the driver's too, whatever comes after
         self._part = FolderPart(place.folder, opened=place.check)
         self._read = 0
@@ -165,6 +168,8 @@ class Working:
         except PmaError as called_off:
             if not isinstance(error, (UsageError, MismatchError)):
                 return called_off
+        if isinstance(error, OSError):
+            error = of_ours(error, self._place.out)
         tell_failure(self._journal, error)
         return said_by(self._who, error) if isinstance(error, PmaError) else error
 
