@@ -102,8 +102,8 @@ class Building:
         """Of our lease: what other processes that work here know us by."""
         return self._lease.token
 
-    def hear(self, digests: Digests) -> None:
-        """Others finished these chunks and journaled them here."""
+    def hear(self, digests: Digests, sent: Mapping[str, str] | None = None) -> None:
+        """Others finished these chunks and journaled them here, where nothing needs to be sent."""
         self._heard |= digests
         self.output.digests |= digests
 
@@ -141,7 +141,9 @@ class Building:
         for name, data in plan.side_files.items():
             self._writer.write_bytes(name, data)
         origins = {name: str((beside / name).resolve()) for name in plan.side_files}
-        value = provenance.record(plan, self.output.digests, self.folder, origins, add_sha256=sha256)
+        value = provenance.record(
+            plan, self.output.digests, origins, sha256_in=self.folder if sha256 else None
+        )
         if hash_sources:
             provenance.add_source_digests(value)
         self._writer.write_bytes(provenance.RECORD_FILE, provenance.encode(value))

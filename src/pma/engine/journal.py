@@ -7,8 +7,11 @@ on another's output has a journal of its own there, and says more in it.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +19,15 @@ from typing import Any
 from blake3 import blake3
 
 from pma.engine.stream import Digests
+from pma.errors import IncompleteError
+from pma.remote import RemotePath
 
 JOURNAL_FILE = ".pma-journal"
 _PART_PREFIX, _DRIVER_PREFIX = ".pma-part-", ".pma-driver-"
 _TOKEN_CHARACTERS = 16  # of the lease under which a journal was begun
 _CHECKSUM_CHARACTERS = 16
+# stores tell times in seconds; a shorter beat would show nothing
+_BEAT_SECONDS = 2.0
 
 
 def driver_journal(token: str) -> str:
@@ -34,7 +41,7 @@ def part_journal(token: str, name: str) -> str:
 
 
 def journals_of_others(folder: Path, token: str = "") -> list[Path]:
-    """Such files in a folder: all, or those under one lease."""
+    """Such files in a folder, or in a place in a store: all, or those under one lease."""
     prefixes = (driver_journal(token), part_journal(token, "") if token else _PART_PREFIX)
     return sorted(path for path in folder.iterdir() if path.name.startswith(prefixes))
 
@@ -77,8 +84,7 @@ class Journal:
     def add(self, digests: Digests, **more: object) -> None:
         """These chunks are done, and their bytes are on the disk: the caller has synced them before."""
         if digests:
-            chunks = [[file, number, digest] for (file, number), digest in digests.items()]
-            self._append({"chunks": chunks, **more})
+            self._append({"chunks": _listed(digests), **more})
             self.digests |= digests
 
     def say(self, **what: object) -> None:
@@ -90,8 +96,7 @@ class Journal:
         os.utime(self._descriptor)
 
     def _append(self, value: Mapping[str, Any]) -> None:
-        text = json.dumps(value, separators=(",", ":")).encode()
-        line = _checksum(text) + b" " + text + b"\n"
+        line = _line(value)
         # over a torn end, never after it
         os.ftruncate(self._descriptor, self._end)
         written = 0
@@ -105,6 +110,46 @@ class Journal:
         os.close(self._descriptor)
 
 
+class StoreJournal:
+    """As `Journal`, a new one, at a place in a store: nothing can be appended there, so each line sends all.
+
+    Thread-safe.
+    """
+
+    def __init__(self, path: RemotePath) -> None:
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, "exists already", str(path))
+        self._path, self._lines, self._sent_at = path, b"", 0.0
+        self._lock = threading.Lock()
+
+    def start(self, heading: Mapping[str, Any]) -> None:
+        self._append(heading)
+
+    def add(self, digests: Digests, **more: object) -> None:
+        if digests:
+            self._append({"chunks": _listed(digests), **more})
+
+    def say(self, **what: object) -> None:
+        self._append(what)
+
+    def beat(self) -> None:
+        with self._lock:
+            if time.monotonic() - self._sent_at > _BEAT_SECONDS:
+                self._send()
+
+    def _append(self, value: Mapping[str, Any]) -> None:
+        with self._lock:
+            self._lines += _line(value)
+            self._send()
+
+    def _send(self) -> None:
+        self._path.store.send_bytes(self._lines, self._path.place)
+        self._sent_at = time.monotonic()
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
 class Followed:
     """Another process's journal, read as it grows: `said` is all of its lines that are no chunks, in one.
 
@@ -114,24 +159,24 @@ class Followed:
 
     def __init__(self, path: Path, *, hold: bool = False) -> None:
         self._path, self._hold, self._held = path, hold, -1
+        self._lock = threading.Lock()
         self._end = self.changes = 0
-        self._seen: tuple[int, int] | None = None
+        self._seen: tuple[int, ...] | None = None
         self.heading: dict[str, Any] | None = None
         self.said: dict[str, Any] = {}
 
     def news(self) -> Digests:
-        """Chunks that it calls done since this was asked last; the rest goes into `said`."""
-        descriptor = self._opened()
-        if descriptor < 0:
+        """Chunks that it calls done since this was asked last; the rest goes into `said`. From any thread."""
+        with self._lock:
+            return self._news()
+
+    def _news(self) -> Digests:
+        found = self._read_from_store() if isinstance(self._path, RemotePath) else self._read_here()
+        if found is None:
             return {}
-        try:
-            found = os.fstat(descriptor)
-            data = os.pread(descriptor, max(found.st_size - self._end, 0), self._end)
-        finally:
-            if descriptor != self._held:
-                os.close(descriptor)
-        self.changes += (found.st_size, found.st_mtime_ns) != self._seen
-        self._seen = found.st_size, found.st_mtime_ns
+        seen, data = found
+        self.changes += seen != self._seen
+        self._seen = seen
         new: Digests = {}
         start = self._end
         for value, end in _values(data):
@@ -143,6 +188,33 @@ class Followed:
                 self.said |= {what: told for what, told in value.items() if what != "chunks"}
         return new
 
+    def _read_from_store(self) -> tuple[tuple[int, ...], bytes] | None:
+        """As `_read_here`, as far as the listing of its folder is of now."""
+        path = self._path
+        assert isinstance(path, RemotePath)
+        entry = path.store.listing(path.parent.place).get(path.name)
+        if entry is None:
+            return None
+        seen = entry.size_bytes, entry.mtime_ns, entry.stamp
+        try:
+            new_bytes = max(entry.size_bytes - self._end, 0)
+            return seen, path.store.read(path.place, self._end, new_bytes)
+        except IncompleteError:
+            return None  # it was removed meanwhile
+
+    def _read_here(self) -> tuple[tuple[int, ...], bytes] | None:
+        """Size and time, and what is new; None where there is no such file."""
+        descriptor = self._opened()
+        if descriptor < 0:
+            return None
+        try:
+            found = os.fstat(descriptor)
+            data = os.pread(descriptor, max(found.st_size - self._end, 0), self._end)
+        finally:
+            if descriptor != self._held:
+                os.close(descriptor)
+        return (found.st_size, found.st_mtime_ns), data
+
     def _opened(self) -> int:
         try:
             # opened anew each time: over a network, that is when others' changes are looked for
@@ -150,12 +222,16 @@ class Followed:
         except FileNotFoundError:
             return self._held
         if self._hold:
-            self.close()
+            self._let_go()
             self._held = descriptor
         return descriptor
 
     def close(self) -> None:
         """Let go of the file."""
+        with self._lock:
+            self._let_go()
+
+    def _let_go(self) -> None:
         if self._held >= 0:
             os.close(self._held)
             self._held = -1
@@ -174,6 +250,15 @@ def _values(data: bytes) -> Iterator[tuple[dict[str, Any], int]]:
 
 def _chunks(value: Mapping[str, Any]) -> Digests:
     return {(file, number): digest for file, number, digest in value.get("chunks", ())}
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    text = json.dumps(value, separators=(",", ":")).encode()
+    return _checksum(text) + b" " + text + b"\n"
+
+
+def _listed(digests: Digests) -> list[list[str | int]]:
+    return [[file, number, digest] for (file, number), digest in digests.items()]
 
 
 def _checksum(text: bytes) -> bytes:

@@ -33,7 +33,7 @@ class Lease:
         self._mine = folder / f"{LEASE_FILE}.{secrets.token_hex(8)}"
         self._out = out
         self._descriptor = -1
-        self._holder = {"host": host(), "boot": _boot(), "pid": os.getpid(), "token": secrets.token_hex(16)}
+        self._holder = {"host": host(), "boot": boot(), "pid": os.getpid(), "token": secrets.token_hex(16)}
         try:
             try:
                 self._write()
@@ -99,7 +99,7 @@ class Lease:
             raise UsageError(
                 f"{self._out} is being written by {who}, last heard of {seconds:.0f} s ago; wait for it"
             )
-        ours = (holder.get("host"), holder.get("boot")) == (host(), _boot())
+        ours = (holder.get("host"), holder.get("boot")) == (host(), boot())
         if not (ours and locked) and not break_lock and "released" not in holder:
             why = "a file system without locks" if ours else "another host, or before a restart"
             raise UsageError(
@@ -183,7 +183,8 @@ def host() -> str:
     return socket.gethostname()
 
 
-def _boot() -> str:
+def boot() -> str:
+    """Which start of this machine's system is running."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pma import formats
 from pma.engine import converting, means, optimizer_state
 from pma.engine.blocks import Blocks, Policy
 from pma.engine.memory_budget import DEFAULT_MEMORY_BYTES, peak_memory_bytes
@@ -147,6 +148,13 @@ class Plan:
         firsts = {file.name: int(n) for file, n in zip(self.layout.files, moved.first_F, strict=False)}
         missing = moved.without([firsts[file] + number for file, number in done])
         return partition(missing, parts, whole_files=whole_files)
+
+    def resharded(self, files: int) -> Plan:
+        """The same merge into `files` files, where it has fewer and the output's format can do that."""
+        layout = formats.in_files(self.layout, files)
+        if layout is self.layout:
+            return self
+        return replace(self, layout=layout, blocks=Blocks(layout, self.tensors, self.policies))
 
     def close(self) -> None:
         """Release open files."""

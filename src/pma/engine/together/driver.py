@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
 
-from pma.engine.building import Building
-from pma.engine.journal import Followed, Journal, driver_journal, part_journal
+from pma.engine.journal import Followed, driver_journal, part_journal
 from pma.engine.partition import Part
 from pma.engine.plan import Plan
 from pma.engine.stopping import StopFlag
-from pma.engine.stream import Progress
+from pma.engine.stream import Digests, Progress
 from pma.engine.together.crew import Crew
 from pma.engine.together.part import pauses
+from pma.engine.together.places import Words, look_anew, speak
 from pma.engine.together.views import view
 from pma.engine.together.words import failure_in, said_by, tell_failure
 from pma.errors import Interrupted, StorageError
@@ -23,6 +25,18 @@ _TELL_SECONDS = 10.0
 # to look at a process's journal takes about a millisecond: a fifth of the time at most
 _LOOK_SECONDS = 0.005
 _LISTED = 8
+
+
+class Held(Protocol):
+    """What the driver holds: a place for an output, begun or not, in a folder or in a store."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def token(self) -> str: ...
+    def show_life(self) -> None: ...
+    def hear(self, digests: Digests, sent: Mapping[str, str]) -> None: ...
+    def bytes_of(self, chunks: Iterable[tuple[str, int]]) -> int: ...
 
 
 class Driver:
@@ -44,17 +58,20 @@ class Driver:
         self._progress, self._tell = progress, tell
         self._lock = threading.Lock()
         self._workers: list[_Worker] = []
-        self._journal: Journal | None = None
+        self._journal: Words | None = None
+        self._told = False
 
-    def meet(self, building: Building) -> None:
+    def meet(self, building: Held) -> None:
         """Begin to speak in the folder of `building`, and wait until every process said that it sees the same
         plan. Raises what one of them failed with.
         """
         folder, token = building.folder, building.token
         self._building = building
         self.close()
-        self._journal = Journal(folder, driver_journal(token), new=True)
-        self._journal.start({"who": self._crew.name, "size": self._crew.size, "view": view(self._plan)})
+        self._told = False
+        self._journal = speak(folder, driver_journal(token))
+        told = {"who": self._crew.name, "size": self._crew.size, "files": len(self._plan.layout.files)}
+        self._journal.start({**told, "view": view(self._plan)})
         self._workers = [_Worker(n, Followed(folder / part_journal(token, n))) for n in self._names]
         with self.telling():
             self._wait_for_all()
@@ -96,6 +113,9 @@ class Driver:
         sign of life.
         """
         with self._lock:
+            look_anew(self._building.folder)
+            if self._journal is not None:
+                self._journal.beat()
             for worker in self._workers:
                 self._hear(worker)
 
@@ -103,7 +123,7 @@ class Driver:
         if worker.is_done:
             return
         chunks, now = worker.journal.news(), time.monotonic()
-        self._building.hear(chunks)
+        self._building.hear(chunks, worker.journal.said.get("sent", {}))
         if worker.journal.changes != worker.changes:
             worker.changes, worker.changed_at = worker.journal.changes, now
         said = worker.journal.said
@@ -120,6 +140,11 @@ class Driver:
                 f"no sign for {now - worker.changed_at:.0f} s of {who}; its process or node is gone"
             )
 
+    def record(self, chunks: Digests, sent: Mapping[str, str]) -> None:
+        """Say that these chunks were done before, in files that were sent to a store."""
+        assert self._journal is not None
+        self._journal.add(chunks, sent=dict(sent))
+
     def await_parts(self, stop: StopFlag) -> None:
         """Return when every part is done, or at once where `stop` is set."""
         for pause in pauses(max(0.5, _LOOK_SECONDS * len(self._names))):
@@ -130,11 +155,12 @@ class Driver:
 
     @contextmanager
     def telling(self) -> Iterator[None]:
-        """What fails in the block is told to the others, so that they stop."""
+        """What fails in the block is told to the others, once, so that they stop."""
         try:
             yield
         except BaseException as error:
-            if self._journal is not None:
+            if self._journal is not None and not self._told:
+                self._told = True
                 tell_failure(self._journal, error)
             raise
 
@@ -161,3 +187,10 @@ class _Worker:
 def _listed(names: Sequence[str]) -> str:
     shown = ", ".join(names[:_LISTED])
     return shown + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
+
+
+def check_all_there(digests: Digests, plan: Plan, out: Path) -> None:
+    """Raises StorageError where a chunk is missing."""
+    found, expected = len(digests), len(plan.blocks)
+    if found != expected:
+        raise StorageError(f"{out}: the parts' journals tell of {found} of {expected} chunks")

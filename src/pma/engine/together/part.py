@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 
 from pma.engine import provenance
 from pma.engine.attempt import of_ours
 from pma.engine.building import SAVE_SECONDS, kept_up
-from pma.engine.journal import JOURNAL_FILE, Followed, Journal, driver_journal, part_journal
-from pma.engine.lease import holder_of
+from pma.engine.journal import JOURNAL_FILE, Followed, driver_journal, part_journal
 from pma.engine.partition import Part
 from pma.engine.plan import Plan
-from pma.engine.staging import staging_folder
 from pma.engine.stopping import StopFlag
 from pma.engine.stream import Digests, Output, Progress, stream
 from pma.engine.together.crew import Crew
+from pma.engine.together.hands import FolderHand, Hand, SendingHand, local_folder
+from pma.engine.together.places import driver_at, is_made, look_anew, meeting_folder, speak
 from pma.engine.together.views import difference, view
 from pma.engine.together.words import failure_in, said_by, tell_failure
 from pma.engine.work import work_of
 from pma.errors import Interrupted, MismatchError, PmaError, UsageError
-from pma.formats.folder_writer import FolderPart
+from pma.remote import RemotePath
 
+_TOKEN_CHARACTERS = 8
 _KEPT = "what this process finished is kept, and the same command goes on with it"
 
 
@@ -37,17 +37,18 @@ def pauses(longest: float = 1.0) -> Iterator[float]:
 
 
 class Place:
-    """The hidden folder of an output under the lease with `token`, as one who does not hold it sees it."""
+    """Where processes that make an output meet under the lease with `token`, for one who does not hold it."""
 
     def __init__(self, out: Path, token: str, *, silent_seconds: float) -> None:
         self.out, self.token = out, token
-        self.folder = staging_folder(out)
+        self.folder = meeting_folder(out)
         self._silent_seconds = silent_seconds
         self._driver = Followed(self.folder / driver_journal(token), hold=True)
         self._beat, self._beat_at = -1, time.monotonic()
 
     def driver(self) -> Followed:
         """What the process that drives says, up to now."""
+        look_anew(self.folder)
         self._driver.news()
         return self._driver
 
@@ -59,7 +60,7 @@ class Place:
 
     def check(self) -> None:
         """Raises Interrupted where the merge does not go on, or no sign of its driver was seen for long."""
-        holder, beat = holder_of(self.folder)
+        holder, beat = driver_at(self.folder)
         self.check_words()
         if holder.get("token") != self.token or "released" in holder:
             raise Interrupted(
@@ -78,10 +79,10 @@ class Place:
         """Return when the output is there. Raises Interrupted where it will not be."""
         gone_at: float | None = None
         for pause in pauses():
-            if os.path.lexists(self.out):
+            if is_made(self.out):
                 return
             self.check_words()
-            if holder_of(self.folder)[0]:
+            if driver_at(self.folder)[0]:
                 self.check()
             elif gone_at is None:
                 gone_at = (
@@ -103,37 +104,46 @@ class Working:
     """
 
     def __init__(self, plan: Plan, place: Place, name: str, who: str) -> None:
-        self._plan, self._place, self._who = plan, place, who
+        self.plan, self._place, self._name, self._who = plan, place, name, who
         try:
-            self._journal = Journal(place.folder, part_journal(place.token, name), new=True)
+            self._journal = speak(place.folder, part_journal(place.token, name))
         except FileExistsError:
             raise UsageError(
                 f"{who}: another process is {name} of the merge to {place.out}; is it started twice?"
             ) from None
         except OSError as error:
             raise said_by(who, of_ours(error, place.folder)) from error
-        # a file that is opened while the lease is the driver's is the driver's too, whatever comes after
-        self._part = FolderPart(place.folder, opened=place.check)
+        self._hand: Hand | None = None
+        self._called_off = StopFlag()
         self._read = 0
-        self.output = Output(part=self._part)
+        self._output = Output(part=None)
         self._journal.start({"plan": provenance.heading(plan), "who": who})
 
     def agree(self) -> None:
         """Check that this process plans as the driver does, and tell it. Raises MismatchError."""
         heading = self._place.driver().heading
         assert heading is not None
-        found = difference(view(self._plan), heading["view"], me=self._who, them=heading["who"])
+        found = difference(view(self.plan), heading["view"], me=self._who, them=heading["who"])
         if found is not None:
             raise MismatchError(f"{found}; nothing was written. Start again where all see the same files")
         self._journal.say(agrees=True)
 
     def carry_out(
-        self, part: Part, *, progress: Progress | None = None, save_seconds: float = SAVE_SECONDS
+        self,
+        part: Part,
+        *,
+        progress: Progress | None = None,
+        save_seconds: float = SAVE_SECONDS,
+        staging: Path | None = None,
+        called_off: StopFlag | None = None,
     ) -> Digests:
-        """Make the blocks of a part and journal them; returns those that were made here."""
-        self.output.digests |= Followed(self._place.folder / JOURNAL_FILE).news()
-        before = set(self.output.digests)
-        stop = StopFlag()
+        """Make the blocks of a part and journal them; returns those that were made here. Raises Interrupted
+        where `called_off` was set meanwhile.
+        """
+        done = self._done_before()
+        self._hand = self._hand_for(part, staging)
+        output = self._output = Output(part=self._hand, digests=dict(done))
+        stop, self._called_off = StopFlag(), called_off or self._called_off
 
         def count(read: int, written: int) -> None:
             self._read += read
@@ -142,24 +152,51 @@ class Working:
 
         with kept_up([self], stop, save_seconds):
             if len(part):
-                stream(work_of(self._plan), [self.output], numbers=part, progress=count, stop=stop)
+                stream(work_of(self.plan), [output], numbers=part, progress=count, stop=stop)
         self.save()
-        provenance.check_unchanged(self._plan)
+        for pause in pauses():
+            if self._hand.is_settled:
+                break
+            time.sleep(pause)
+            self.save()
+        provenance.check_unchanged(self.plan)
         self._journal.say(done=True)
-        return {chunk: digest for chunk, digest in self.output.digests.items() if chunk not in before}
+        return {chunk: digest for chunk, digest in output.digests.items() if chunk not in done}
+
+    def _done_before(self) -> Digests:
+        """What others finished before, or an earlier try at this part; for a store, parts have none of it."""
+        folder = self._place.folder
+        return {} if isinstance(folder, RemotePath) else Followed(folder / JOURNAL_FILE).news()
+
+    def _hand_for(self, part: Part, staging: Path | None) -> Hand:
+        place = self._place
+        # what is opened, or sent, while the lease is the driver's is the driver's too, whatever comes after
+        if not isinstance(place.out, RemotePath):
+            return FolderHand(place.folder, place.check)
+        local = local_folder(place.out, f"{place.token[:_TOKEN_CHARACTERS]}-{self._name}", staging)
+        return SendingHand(self.plan, part, place.out, local, place.check)
+
+    @property
+    def sent(self) -> Mapping[str, str]:
+        """Files that were sent to a store, and what they were when they arrived."""
+        return {} if self._hand is None else self._hand.sent
 
     def show_life(self) -> None:
         """Let the driver see that we live."""
         self._journal.beat()
 
     def save(self) -> None:
-        """Sync what is written, then say so in the journal; show that we live, and see that all goes on."""
+        """See to it that what is written is safe, then say so in the journal; show that we live, and see that
+        all goes on.
+        """
+        if self._called_off.is_set():
+            raise Interrupted("called off")
         self._place.check()
         self.show_life()
-        new, read = self.output.taken(), self._read
-        if new:
-            self._part.sync()
-            self._journal.add(new, read=read)
+        new, read = self._output.taken(), self._read
+        if self._hand is not None and (safe := self._hand.settle(new)):
+            sent = {"sent": dict(self._hand.sent)} if self._hand.sent else {}
+            self._journal.add(safe, read=read, **sent)
 
     def failed(self, error: BaseException) -> BaseException:
         """Tell the driver; returns what to raise: where the merge was called off before, that."""
@@ -175,7 +212,8 @@ class Working:
 
     def close(self) -> None:
         """Let go of the files."""
-        self._part.close()
+        if self._hand is not None:
+            self._hand.close()
         self._journal.close()
 
 
@@ -190,6 +228,7 @@ def carry_out(
     silent_seconds: float = Crew.silent_seconds,
     progress: Progress | None = None,
     save_seconds: float = SAVE_SECONDS,
+    staging: Path | None = None,
 ) -> Digests:
     """Carry out one part of a merge whose driver holds the lease with `token`, in any process that sees its
     folder; returns the chunks that were made and journaled.
@@ -201,7 +240,7 @@ def carry_out(
         working = Working(plan, place, name, who)
         try:
             working.agree()
-            return working.carry_out(part, progress=progress, save_seconds=save_seconds)
+            return working.carry_out(part, progress=progress, save_seconds=save_seconds, staging=staging)
         except BaseException as error:
             raise working.failed(error) from error
         finally:

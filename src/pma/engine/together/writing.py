@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import closing
 from pathlib import Path
@@ -12,15 +11,15 @@ from pma.engine.attempt import attempt, errors_of_ours
 from pma.engine.building import SAVE_SECONDS, Building, kept_up
 from pma.engine.commit import Count, How, Merge, check_output, is_written, name_warnings, refuse_inside_run
 from pma.engine.journal import Followed, driver_journal
-from pma.engine.lease import holder_of
 from pma.engine.partition import Part
 from pma.engine.plan import Plan
-from pma.engine.staging import staging_folder
 from pma.engine.stopping import StopFlag
 from pma.engine.stream import stream
 from pma.engine.together.crew import Crew
-from pma.engine.together.driver import Driver
+from pma.engine.together.driver import Driver, check_all_there
 from pma.engine.together.part import Place, Working, pauses
+from pma.engine.together.places import driver_at, is_made, meeting_folder
+from pma.engine.together.to_store import begun_as, led_to_store
 from pma.engine.work import work_of
 from pma.errors import StorageError, UsageError
 from pma.remote import RemotePath
@@ -38,18 +37,24 @@ def write(plan: Plan, out: Path, **how: Unpack[How]) -> Merge:
     """
     crew = how.get("crew")
     assert crew is not None
-    if isinstance(out, RemotePath):
-        raise UsageError(
-            f"{out} lies in a store: several processes write to a file system that all see. Merge there, or "
-            "by one process"
-        )
     started = time.monotonic()
-    if os.path.lexists(out) and is_written(plan, out):  # a launcher started all anew for what came after
+    begun = begun_as(plan, out, crew, how)
+    if is_made(out) and is_written(begun, out):
+        # a launcher started all anew for what came after
         return _merge(plan, out, started, resumed=plan.bytes_to_write)
+    if isinstance(out, RemotePath) and how.get("sha256"):
+        raise UsageError(
+            "--sha256 reads the output again, which in a store lies with each process; leave it out"
+        )
     from pma.engine.compute import load_kernels  # takes a while: a signal amid it may abort the process
 
     load_kernels(plan.blocks.averaged_types())
-    return _led(plan, out, crew, started, how) if crew.leads else _followed(plan, out, crew, started, how)
+    if not crew.leads:
+        return _followed(plan, out, crew, started, how)
+    if not isinstance(out, RemotePath):
+        return _led(plan, out, crew, started, how)
+    figures = led_to_store(begun, out, crew, how)
+    return _merge(plan, out, started, **figures)
 
 
 def _led(plan: Plan, out: Path, crew: Crew, started: float, how: How) -> Merge:
@@ -87,9 +92,7 @@ def _led(plan: Plan, out: Path, crew: Crew, started: float, how: How) -> Merge:
 
 def commit(building: Building, *, sha256: bool = False, hash_sources: bool = False) -> dict[str, Any]:
     """The last step: every chunk is there, by whomever it was made; the folder gets its name."""
-    found, expected = len(building.output.digests), len(building.plan.blocks)
-    if found != expected:
-        raise StorageError(f"{building.out}: the parts' journals tell of {found} of {expected} chunks")
+    check_all_there(building.output.digests, building.plan, building.out)
     return building.finish(sha256=sha256, hash_sources=hash_sources)
 
 
@@ -108,13 +111,16 @@ def _followed(plan: Plan, out: Path, crew: Crew, started: float, how: How) -> Me
     count = Count(how.get("progress"))
     with errors_of_ours(out):
         working, place, part = _joined(plan, out, crew)
+        plan = working.plan
         streaming = time.monotonic()
         with closing(place):
             try:
                 if not len(part) and (tell := how.get("tell")) is not None:
                     tell(f"{crew.name}: nothing to do; {crew.size} processes are more than there is work for")
                 save_seconds = how.get("save_seconds", SAVE_SECONDS)
-                working.carry_out(part, progress=count.add, save_seconds=save_seconds)
+                working.carry_out(
+                    part, progress=count.add, save_seconds=save_seconds, staging=how.get("staging")
+                )
             except BaseException as error:
                 raise working.failed(error) from error
             finally:
@@ -130,10 +136,10 @@ def _joined(plan: Plan, out: Path, crew: Crew) -> tuple[Working, Place, Part]:
     What an earlier launch left there, or another one is doing, is told by parts that were handed out before
     we came.
     """
-    folder, passed_by = staging_folder(out), {""}
+    folder, passed_by = meeting_folder(out), {""}
     deadline = time.monotonic() + crew.join_seconds
     for pause in pauses():
-        holder = holder_of(folder)[0]
+        holder = driver_at(folder)[0]
         token = holder.get("token", "")
         if token not in passed_by and "released" not in holder:
             driver = Followed(folder / driver_journal(token))
@@ -165,6 +171,8 @@ def _met(
             f"{driver.heading['size']}; is another launch merging to {out}?"
         )
     place = Place(out, token, silent_seconds=crew.silent_seconds)
+    if isinstance(out, RemotePath):
+        plan = plan.resharded(driver.heading["files"])
     working = Working(plan, place, str(crew.rank), crew.name)
     try:
         working.agree()
@@ -174,7 +182,7 @@ def _met(
                 ranges = tuple(range(*pair) for pair in parts[crew.rank])
                 return working, place, Part(ranges=ranges, bytes_to_read=0, bytes_to_write=0)
             place.check_words()
-            if holder_of(place.folder)[0].get("token") != token:
+            if driver_at(place.folder)[0].get("token") != token:
                 working.close()
                 place.close()
                 return None
