@@ -129,6 +129,12 @@ def test_a_prediction_is_the_slowest_part_at_the_given_rates(mixed: engine.Plan)
     assert writing.seconds == pytest.approx(max(part.bytes_to_write for part in parts) / 1000, abs=1e-3)
     assert found.nodes_idle == 0
     assert 0 < found.files_shared <= 3
+    # three files are cut into four, so that each node has one; the largest tensor decides
+    assert (found.files, found.files_in_store) == (3, 4)
+    in_store = mixed.resharded(4).partition(4, whole_files=True)
+    slowest = max(part.bytes_to_read for part in in_store)
+    assert found.seconds_to_store == pytest.approx(2 + slowest / 1000, abs=1e-3)
+    assert [len(part.ranges) for part in in_store] == [1] * 4
     many = engine.predict(mixed, 1000, read_rate=1000, write_rate=1000)
     assert many.nodes_idle >= 1000 - len(mixed.blocks)
     with pytest.raises(UsageError, match="rates above zero"):

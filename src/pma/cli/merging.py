@@ -163,6 +163,12 @@ def _show_scaling(scaling: dict[str, Any]) -> None:
         f"{bytes_text(scaling['peak_memory_bytes_per_node'])} of memory; "
         f"{scaling['files_shared']} files are written by more than one"
     )
+    files, in_store = scaling["files"], scaling["files_in_store"]
+    sharded = f"re-sharded from {files} into {in_store}" if in_store > files else f"{in_store}"
+    say(
+        f"            into a store {scaling['seconds_to_store']:.3g} s: each file is one node's, "
+        f"{sharded} files"
+    )
     if scaling["nodes_idle"]:
         say(f"            {scaling['nodes_idle']} nodes have nothing to do: there are fewer blocks")
 

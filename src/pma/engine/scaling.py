@@ -13,7 +13,9 @@ from pma.errors import UsageError
 class Scaling:
     """One process a node: `seconds` to plan, stream and commit; the most bytes that a node moves; its memory.
 
-    `files_shared`: output files that more than one node writes; `nodes_idle`: nodes without a block.
+    `files_shared`: output files that more than one node writes; `nodes_idle`: nodes without a block. In a
+    store a file is written by one node: `files_in_store` of them, which may be more than the `files` of an
+    output in a folder, take `seconds_to_store`.
     """
 
     nodes: int
@@ -24,8 +26,11 @@ class Scaling:
     bytes_to_read_per_node: int
     bytes_to_write_per_node: int
     peak_memory_bytes_per_node: int
+    files: int
     files_shared: int
     nodes_idle: int
+    files_in_store: int
+    seconds_to_store: float
 
 
 def predict(
@@ -38,19 +43,26 @@ def predict(
     """
     if nodes < 1 or min(read_rate, write_rate) < 1:
         raise UsageError("--nodes, --read and --write: at least one node, and rates above zero")
-    parts = plan.partition(nodes)
-    seconds = max(_stream_seconds(part, read_rate, write_rate, plan.options.threads) for part in parts)
+    parts, in_store = plan.partition(nodes), plan.resharded(nodes)
+    threads, parts_in_store = plan.options.threads, in_store.partition(nodes, whole_files=True)
+    seconds, to_store = (
+        planning_seconds + max(_stream_seconds(part, read_rate, write_rate, threads) for part in those)
+        for those in (parts, parts_in_store)
+    )
     return Scaling(
         nodes=nodes,
-        seconds=round(planning_seconds + seconds, 3),
+        seconds=round(seconds, 3),
         planning_seconds=round(planning_seconds, 3),
         read_bytes_per_second=read_rate,
         write_bytes_per_second=write_rate,
         bytes_to_read_per_node=max(part.bytes_to_read for part in parts),
         bytes_to_write_per_node=max(part.bytes_to_write for part in parts),
         peak_memory_bytes_per_node=plan.peak_memory_bytes,
+        files=len(plan.layout.files),
         files_shared=_files_shared(plan, parts),
         nodes_idle=sum(not len(part) for part in parts),
+        files_in_store=len(in_store.layout.files),
+        seconds_to_store=round(to_store, 3),
     )
 
 
