@@ -5,6 +5,8 @@ fails. Ranks are threads here; real processes are started, and killed, in tests/
 import errno
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -16,12 +18,12 @@ from types import SimpleNamespace
 import pytest
 
 from pma import engine, trajectory
-from pma.engine import Crew, MergeOptions, blocks, journal, partition, provenance
+from pma.engine import Crew, MergeOptions, blocks, journal, lease, partition, provenance
 from pma.engine import building as building_module
 from pma.engine.attempt import attempt
 from pma.engine.building import Building, kept_up
 from pma.engine.journal import JOURNAL_FILE, Followed, journals_of_others
-from pma.engine.lease import LEASE_FILE, Lease
+from pma.engine.lease import LEASE_FILE, Lease, is_gone, this_process
 from pma.engine.staging import staging_folder
 from pma.engine.stopping import StopFlag
 from pma.engine.together import part as part_module
@@ -380,6 +382,25 @@ def test_who_shows_no_sign_of_life_is_named(
     assert isinstance(done[0], Interrupted)
     assert "of rank 1 on node1; its process or node is gone" in str(done[0])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_the_end_of_a_process_on_this_machine_is_noticed_at_once(
+    run: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dead: int
+) -> None:
+    """What a rank says of its process is true of one that has ended."""
+    ended = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    ended.wait()
+    process = {**this_process(), "pid": ended.pid}
+    assert is_gone(process)
+    assert not is_gone(this_process())
+    for other in ({**process, "pids": 1}, {**process, "host": "elsewhere"}, {}):
+        assert not is_gone(other)
+    monkeypatch.setattr(lease if dead == 0 else part_module, "this_process", lambda: process)
+    done = together(run, tmp_path / "out", 2, save_seconds=0.01)
+    assert all(isinstance(one, Interrupted) for one in done), done
+    said = f"the end of process {ended.pid}" if dead == 0 else "the end of rank 1 on node1"
+    assert any(said in str(one) for one in done), done
 
 
 def drivers(folder: Path) -> list[Path]:

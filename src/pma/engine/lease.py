@@ -16,6 +16,7 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,7 +34,7 @@ class Lease:
         self._mine = folder / f"{LEASE_FILE}.{secrets.token_hex(8)}"
         self._out = out
         self._descriptor = -1
-        self._holder = {"host": host(), "boot": boot(), "pid": os.getpid(), "token": secrets.token_hex(16)}
+        self._holder = {**this_process(), "token": secrets.token_hex(16)}
         try:
             try:
                 self._write()
@@ -181,6 +182,29 @@ def _holder(descriptor: int) -> dict[str, str]:
 def host() -> str:
     """What this machine is called."""
     return socket.gethostname()
+
+
+def this_process() -> dict[str, str | int]:
+    """What tells this process from any other. `pids`: among which its number is, as those of a container."""
+    try:
+        pids = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        pids = 0
+    return {"host": host(), "boot": boot(), "pids": pids, "pid": os.getpid()}
+
+
+def is_gone(process: Mapping[str, object]) -> bool:
+    """Whether a process, as it told itself, is no more; False where that cannot be known from here."""
+    for what, ours in this_process().items():
+        if what != "pid" and (not ours or str(process.get(what)) != str(ours)):
+            return False
+    try:
+        os.kill(int(str(process.get("pid"))), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, OverflowError):
+        pass
+    return False
 
 
 def boot() -> str:

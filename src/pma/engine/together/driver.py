@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pma.engine.journal import Followed, driver_journal, part_journal
+from pma.engine.lease import is_gone
 from pma.engine.partition import Part
 from pma.engine.plan import Plan
 from pma.engine.stopping import StopFlag
@@ -122,6 +123,7 @@ class Driver:
     def _hear(self, worker: _Worker) -> None:
         if worker.is_done:
             return
+        gone = is_gone((worker.journal.heading or {}).get("process", {}))  # before its last words are heard
         chunks, now = worker.journal.news(), time.monotonic()
         self._building.hear(chunks, worker.journal.said.get("sent", {}))
         if worker.journal.changes != worker.changes:
@@ -135,10 +137,10 @@ class Driver:
         who = worker.journal.heading["who"] if worker.journal.heading else f"rank {worker.name}"
         if failed is not None:
             raise said_by(who, failed)
-        if worker.changes and now - worker.changed_at > self._crew.silent_seconds and not worker.is_done:
-            raise Interrupted(
-                f"no sign for {now - worker.changed_at:.0f} s of {who}; its process or node is gone"
-            )
+        silent = now - worker.changed_at
+        if worker.changes and not worker.is_done and (gone or silent > self._crew.silent_seconds):
+            what = "the end" if gone else f"no sign for {silent:.0f} s"
+            raise Interrupted(f"{what} of {who}; its process or node is gone")
 
     def record(self, chunks: Digests, sent: Mapping[str, str]) -> None:
         """Say that these chunks were done before, in files that were sent to a store."""

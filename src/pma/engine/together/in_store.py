@@ -5,19 +5,16 @@ journals beside it. Each file is made and sent by one process; what completes th
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from pma.engine import provenance
 from pma.engine.attempt import errors_of_ours
 from pma.engine.blocks import CHUNK_BYTES
 from pma.engine.journal import Followed, journals_of_others
-from pma.engine.lease import boot, host
+from pma.engine.lease import is_gone, this_process
 from pma.engine.plan import Plan
 from pma.engine.stream import Digests
 from pma.engine.together.places import driver_at, look_anew, marker_at, stamp_of
@@ -54,7 +51,7 @@ class StoreAttempt:
         self._mark(plan=self._earlier.get("plan"))
 
     def _mark(self, **more: object) -> None:
-        holder = {"host": host(), "boot": boot(), "pid": os.getpid(), "token": self.token}
+        holder = {**this_process(), "token": self.token}
         value = {"sent_to": str(self.out), "files": len(self.plan.layout.files), **holder, **more}
         marker = self.out / UNFINISHED_FILE
         marker.store.send_bytes(json.dumps(value).encode(), marker.place)
@@ -217,7 +214,7 @@ def _refuse_live(out: RemotePath) -> None:
     """Watch whether the process that drives shows that it lives. Raises UsageError."""
     holder, beat = driver_at(out)
     deadline = time.monotonic() + _WATCH_SECONDS
-    while "token" in holder and "released" not in holder and not _is_gone(holder):
+    while "token" in holder and "released" not in holder and not is_gone(holder):
         if time.monotonic() > deadline:
             return
         time.sleep(0.5)
@@ -228,16 +225,3 @@ def _refuse_live(out: RemotePath) -> None:
                 "wait for it"
             )
         holder = now
-
-
-def _is_gone(holder: Mapping[str, Any]) -> bool:
-    """Whether the process was one of this machine and is there no more."""
-    if (holder.get("host"), holder.get("boot")) != (socket.gethostname(), boot()):
-        return False
-    try:
-        os.kill(int(holder["pid"]), 0)
-    except ProcessLookupError:
-        return True
-    except (PermissionError, ValueError, KeyError):
-        pass
-    return False

@@ -11,6 +11,7 @@ from pma.engine import provenance
 from pma.engine.attempt import of_ours
 from pma.engine.building import SAVE_SECONDS, kept_up
 from pma.engine.journal import JOURNAL_FILE, Followed, driver_journal, part_journal
+from pma.engine.lease import is_gone, this_process
 from pma.engine.partition import Part
 from pma.engine.plan import Plan
 from pma.engine.stopping import StopFlag
@@ -61,6 +62,7 @@ class Place:
     def check(self) -> None:
         """Raises Interrupted where the merge does not go on, or no sign of its driver was seen for long."""
         holder, beat = driver_at(self.folder)
+        gone = is_gone(holder)  # before its last words are heard
         self.check_words()
         if holder.get("token") != self.token or "released" in holder:
             raise Interrupted(
@@ -69,10 +71,11 @@ class Place:
         now = time.monotonic()
         if beat != self._beat:
             self._beat, self._beat_at = beat, now
-        elif now - self._beat_at > self._silent_seconds:
+        if gone or now - self._beat_at > self._silent_seconds:
+            what = "the end" if gone else f"no sign for {now - self._beat_at:.0f} s"
             raise Interrupted(
-                f"no sign for {now - self._beat_at:.0f} s of process {holder.get('pid', '?')} on "
-                f"{holder.get('host', '?')}, which drives the merge to {self.out}; {_KEPT}"
+                f"{what} of process {holder.get('pid', '?')} on {holder.get('host', '?')}, which drives the "
+                f"merge to {self.out}; {_KEPT}"
             )
 
     def await_end(self) -> None:
@@ -117,7 +120,7 @@ class Working:
         self._called_off = StopFlag()
         self._read = 0
         self._output = Output(part=None)
-        self._journal.start({"plan": provenance.heading(plan), "who": who})
+        self._journal.start({"plan": provenance.heading(plan), "who": who, "process": this_process()})
 
     def agree(self) -> None:
         """Check that this process plans as the driver does, and tell it. Raises MismatchError."""
