@@ -14,13 +14,15 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from blake3 import blake3
 
 from pma.engine.stream import Digests
 from pma.errors import IncompleteError
 from pma.remote import RemotePath
+
+P = TypeVar("P", bound=Path)
 
 JOURNAL_FILE = ".pma-journal"
 _PART_PREFIX, _DRIVER_PREFIX = ".pma-part-", ".pma-driver-"
@@ -40,7 +42,7 @@ def part_journal(token: str, name: str) -> str:
     return f"{_PART_PREFIX}{token[:_TOKEN_CHARACTERS]}-{name}"
 
 
-def journals_of_others(folder: Path, token: str = "") -> list[Path]:
+def journals_of_others(folder: P, token: str = "") -> list[P]:
     """Such files in a folder, or in a place in a store: all, or those under one lease."""
     prefixes = (driver_journal(token), part_journal(token, "") if token else _PART_PREFIX)
     return sorted(path for path in folder.iterdir() if path.name.startswith(prefixes))

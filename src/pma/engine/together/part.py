@@ -61,7 +61,9 @@ class Place:
 
     def check(self) -> None:
         """Raises Interrupted where the merge does not go on, or no sign of its driver was seen for long."""
-        holder, beat = driver_at(self.folder)
+        self._judge(*driver_at(self.folder))
+
+    def _judge(self, holder: Mapping[str, str], beat: int) -> None:
         gone = is_gone(holder)  # before its last words are heard
         self.check_words()
         if holder.get("token") != self.token or "released" in holder:
@@ -80,19 +82,19 @@ class Place:
 
     def await_end(self) -> None:
         """Return when the output is there. Raises Interrupted where it will not be."""
+        # over a network the new name may be seen later than the old one goes; in a store it is not so
+        patience = 0.0 if isinstance(self.folder, RemotePath) else self._silent_seconds
         gone_at: float | None = None
         for pause in pauses():
-            if is_made(self.out):
+            holder, beat = driver_at(self.folder)
+            if is_made(self.out):  # looked for after who drives, who goes when it is
                 return
-            self.check_words()
-            if driver_at(self.folder)[0]:
-                self.check()
+            if holder:
+                self._judge(holder, beat)
             elif gone_at is None:
-                gone_at = (
-                    time.monotonic()
-                )  # over a network the new name may be seen later than the old one goes
-            elif time.monotonic() - gone_at > self._silent_seconds:
-                self.check()
+                gone_at = time.monotonic()
+            if gone_at is not None and time.monotonic() - gone_at >= patience:
+                self._judge(holder, beat)
             time.sleep(pause)
 
     def close(self) -> None:

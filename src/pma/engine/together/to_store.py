@@ -58,8 +58,13 @@ def led_to_store(plan: Plan, out: RemotePath, crew: Crew, how: How) -> dict[str,
         place = Place(out, held.token, silent_seconds=crew.silent_seconds)
         with kept_up([held, driver], waiting, save_seconds), closing(place):
             with closing(Working(plan, place, "0", crew.name)) as working:
-                moving = {"progress": count.add, "save_seconds": save_seconds, "called_off": waiting}
-                made = working.carry_out(parts[0], staging=how.get("staging"), **moving)
+                made = working.carry_out(
+                    parts[0],
+                    progress=count.add,
+                    save_seconds=save_seconds,
+                    staging=how.get("staging"),
+                    called_off=waiting,
+                )
                 held.hear(made, working.sent)
             driver.await_parts(waiting)
             check_all_there(held.digests, plan, out)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from pma.engine.journal import Journal
+from pma.engine.together.places import Words
 from pma.errors import (
     FormatError,
     IncompleteError,
@@ -24,7 +24,7 @@ _TOLD = (FormatError, IncompleteError, InputError, Interrupted, MismatchError, N
 _KINDS = {kind.__name__: kind for kind in (*_TOLD, SpaceError, StorageError, UsageError)}
 
 
-def tell_failure(journal: Journal, error: BaseException) -> None:
+def tell_failure(journal: Words, error: BaseException) -> None:
     """Say in a journal what this process fails with, if it still can."""
     kind = type(error).__name__ if type(error).__name__ in _KINDS else InputError.__name__
     if isinstance(error, KeyboardInterrupt):
