@@ -202,10 +202,7 @@ def refuse_in_store(plan: Plan, out: RemotePath, *, fresh: bool) -> None:
 
 
 def as_begun(plan: Plan, out: RemotePath, *, fresh: bool) -> Plan:
-    """`plan` in as many files as an interrupted attempt at `out` began, or a finished one has."""
-    record = out / provenance.RECORD_FILE
-    if record.is_file():
-        return plan.resharded(len(provenance.load(out)["outputs"]))
+    """`plan` in as many files as an interrupted attempt at `out` began."""
     files = 0 if fresh else marker_at(out).get("files", 0)
     return plan.resharded(files) if type(files) is int else plan
 

@@ -8,6 +8,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from pma.engine import provenance
 from pma.engine.building import SAVE_SECONDS, kept_up
 from pma.engine.commit import Count, How, refuse_inside_run
 from pma.engine.plan import Plan
@@ -16,14 +17,16 @@ from pma.engine.together.crew import Crew
 from pma.engine.together.driver import Driver, check_all_there
 from pma.engine.together.in_store import StoreAttempt, as_begun, refuse_in_store, store_attempt
 from pma.engine.together.part import Place, Working
-from pma.engine.together.places import marker_at
+from pma.engine.together.places import is_made, marker_at
 from pma.remote import RemotePath
 
 
 def begun_as(plan: Plan, out: Path, crew: Crew, how: How) -> Plan:
-    """`plan` in as many files as there are processes, if the output is in a store and not begun otherwise."""
+    """`plan` in as many files as an output in a store has or was begun with, else as there are processes."""
     if not isinstance(out, RemotePath):
         return plan
+    if is_made(out):
+        return plan.resharded(len(provenance.load(out)["outputs"]))
     fresh = how.get("fresh", False)
     files, begun = len(plan.layout.files), as_begun(plan, out, fresh=fresh)
     if fresh or not marker_at(out):
