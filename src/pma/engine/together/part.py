@@ -89,6 +89,7 @@ class Place:
             holder, beat = driver_at(self.folder)
             if is_made(self.out):  # looked for after who drives, who goes when it is
                 return
+            self.check_words()
             if holder:
                 self._judge(holder, beat)
             elif gone_at is None:
