@@ -13,6 +13,7 @@ from pma.quantities import (
     distance_flag,
     parse_bytes,
     parse_distance,
+    parse_rate,
     parse_tokens,
 )
 
@@ -42,6 +43,12 @@ def test_tokens_that_are_not_understood(text: str) -> None:
 @pytest.mark.parametrize(("text", "count"), [("1.5GB", 1.5e9), ("512MiB", 2**29), ("10", 10), ("2 TB", 2e12)])
 def test_bytes(text: str, count: float) -> None:
     assert parse_bytes(text) == count
+
+
+def test_rates() -> None:
+    assert parse_rate("5GB/s") == parse_rate("5 GB / s") == parse_rate("5GB") == 5 * 10**9
+    with pytest.raises(UsageError, match="rate '5GB/h' is not understood"):
+        parse_rate("5GB/h")
 
 
 def test_distances() -> None:

@@ -56,6 +56,12 @@ def parse_bytes(text: str) -> int:
     return _parse(text, _BYTES, "size", "512MiB or 1.5GB")
 
 
+def parse_rate(text: str) -> int:
+    """Bytes a second as people write them: `5GB/s`, or without `/s`."""
+    plain = re.sub(r"\s*/\s*s\s*$", "", text, flags=re.IGNORECASE)
+    return _parse(plain, _BYTES, "rate", "5GB/s or 500MiB/s")
+
+
 def parse_distance(text: str) -> Steps | Tokens:
     """`8B` or `250M` are tokens, `400` or `400steps` are optimizer steps."""
     steps = re.fullmatch(r"\s*(\d{1,18})\s*(?:steps?)?\s*", text, flags=re.IGNORECASE | re.ASCII)

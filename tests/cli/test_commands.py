@@ -138,6 +138,39 @@ def test_report_of_a_run(run: Path, tmp_path: Path) -> None:
     assert all(Path(p).stat().st_size > 1000 for p in value["pictures"])
 
 
+def test_plan_for_several_nodes(run: Path) -> None:
+    """Tiny tensors are one block: one node does all of it, at its rate."""
+    asked = ("plan", run, "--last", 3, "--nodes", 4, "--read", "1KB/s", "--write", "2GB/s")
+    value = json.loads(pma(*asked, "--json").stdout)
+    scaling = value["scaling"]
+    streaming = scaling["seconds"] - scaling["planning_seconds"]
+    assert streaming == pytest.approx(value["bytes_to_read"] / 1000, abs=0.002)
+    assert (scaling["bytes_to_read_per_node"], scaling["nodes_idle"]) == (value["bytes_to_read"], 3)
+    shown = pma(*asked).stdout
+    assert "4 nodes " in shown
+    assert "3 nodes have nothing to do" in shown
+    assert "rate 'fast'" in error_of(pma("plan", run, "--last", 3, "--nodes", 4, "--read", "fast"))
+    assert "scaling" not in json.loads(pma("plan", run, "--last", 3, "--json").stdout)
+
+
+def test_a_roofline_is_of_one_process(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    merge = ("merge", run, "--last", 3, "-o", tmp_path / "out")
+    assert "--measure-roofline measures one process" in error_of(pma(*merge, "--measure-roofline"))
+    monkeypatch.setenv("RANK", "2")
+    assert "rank 2 of 2 processes" in error_of(pma(*merge))
+    assert "rank 2 of 2" in error_of(pma("eval", run))
+    monkeypatch.setenv("RANK", "1")
+    assert "pma eval works in one process, and this one was started as rank 1 of 2" in error_of(
+        pma("eval", run)
+    )
+    assert pma("plan", run, "--last", 3).exit_code == 0
+    store = ("merge", run, "--last", 3, "-o", "memory://bucket/out")
+    monkeypatch.setenv("RANK", "0")
+    assert "lies in a store" in error_of(pma(*store))
+
+
 # ---- bad input: a clear paragraph, the right status, nothing lost, nothing that looks complete ----
 
 
@@ -335,8 +368,8 @@ FLAGS = {
     "demo": "--json --moe --out",
     "inspect": "--json --pattern --tensors",
     "plan": "--allow-mixed-phases --allow-nonfinite --as-given --at --copy --dtype --every --exclude --json "
-    "--last --like --map --memory --pattern --preset --scheme --threads --to --use --weights "
-    "--with-optimizer",
+    "--last --like --map --memory --nodes --pattern --preset --read --scheme --threads --to --use --weights "
+    "--with-optimizer --write",
     "merge": "--allow-mixed-phases --allow-nonfinite --as-given --at --break-lock --copy --dtype --every "
     "--exclude --fresh --hash-sources --inside-run --json --last --like --map --measure-roofline --memory "
     "--out --pattern --preset --scheme --sha256 --staging --threads --to --use --weights "

@@ -320,7 +320,9 @@ def test_what_a_killed_merge_left_counts_as_free(tmp_path: Path, monkeypatch: py
 
     paths = tiny_run(tmp_path / "run", steps=2, shapes=BIG)
     with plan(paths) as planned:
-        Building(planned, tmp_path / "out").close()  # as a kill leaves it
+        building = Building(planned, tmp_path / "out")
+        building.begin()
+        building.close()  # as a kill leaves it
     free = shutil._ntuple_diskusage(10**9, 10**9, 1000)  # type: ignore[attr-defined]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     with plan(paths) as planned:
@@ -432,7 +434,11 @@ def test_file_systems_without_hard_links_or_locks(
     with plan(paths) as planned:
         engine.write(planned, tmp_path / "whole")
         out = tmp_path / "out"
-        Building(planned, out).close()  # as a kill leaves it
+        building = Building(planned, out)
+        building.begin()
+        os.close(building._lease._descriptor)  # as a kill leaves it
+        building._lease._descriptor = -1
+        building.close()
         if lacking == "links":
             engine.write(planned, out)  # the lock tells that its holder is gone
         else:

@@ -13,7 +13,7 @@ from pma.cli import app
 assert CliRunner().invoke(app, ["--help"]).exit_code == 0
 done = CliRunner().invoke(app, ["merge", sys.argv[1], "--last", "2", "-o", sys.argv[2]])
 assert done.exit_code == 0, done.stderr
-print([name for name in ("fsspec", "s3fs", "torch") if name in sys.modules])
+print([name for name in ("fsspec", "ray", "s3fs", "torch") if name in sys.modules])
 """
 
 

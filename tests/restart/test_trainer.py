@@ -214,6 +214,7 @@ def test_another_mode_does_not_go_on_with_an_interrupted_one(run: Path, tmp_path
     chosen = Choice(paths=(run,), window=Window(last=3), allow_mixed_phases=True)
     with verbs.plan_init(chosen, optimizer="average") as planned:
         begun = building.Building(planned, tmp_path / "out")
+        begun.begin()
         commit.stream(commit.work_of(planned), [begun.output])
         begun.save()
         begun.close()

@@ -25,12 +25,13 @@ from pma.formats.folder_writer import FolderPart
 SLOWER_SECONDS = 0.005  # a write: the stream is where most kills shall fall, and journals be written
 
 
-def _slow_down() -> None:
+def slow_down(seconds: float = SLOWER_SECONDS) -> None:
+    """Let every write take a while."""
     write = FolderPart.write
 
     def slow(part: FolderPart, file: str, offset_bytes: int, values: memoryview) -> None:
         write(part, file, offset_bytes, values)
-        time.sleep(SLOWER_SECONDS)
+        time.sleep(seconds)
 
     FolderPart.write = slow  # type: ignore[method-assign]
 
@@ -71,7 +72,7 @@ def _forked(job: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     warm = json.loads(sys.stdin.readline())
     _merge(warm)
-    _slow_down()
+    slow_down()
     assert threading.active_count() == 1  # a fork copies only the thread that calls it
     print(json.dumps({"ready": pma.engine.compute.__name__}), flush=True)
     for line in sys.stdin:

@@ -250,7 +250,7 @@ def test_after_a_restart_only_with_break_lock(scenario: Scenario, monkeypatch: p
     monkeypatch.setattr(commit, "kept_up", _kept_up_every(1))
     scenario.interrupted("sma", out, after_blocks=5)
     before = sorted(path.name for path in staging_folder(out).iterdir())
-    monkeypatch.setattr(lease, "_boot", lambda: "another boot")
+    monkeypatch.setattr(lease, "boot", lambda: "another boot")
     with pytest.raises(UsageError, match=r"before a restart.*--break-lock"):
         engine.write(scenario.plans["sma"], out)
     assert sorted(path.name for path in staging_folder(out).iterdir()) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -12,11 +13,12 @@ import typer
 from pma import engine, trajectory, verbs
 from pma.cli import options as flags
 from pma.cli.interval_means import means_text, note_gaps, note_means, sources_text
+from pma.cli.launching import launched, speaks
 from pma.cli.output import command, note, or_unknown, say, table
-from pma.cli.transfer import cost, sending, show_cost, transfer
-from pma.engine import SNAPSHOTS
+from pma.cli.transfer import cost, sending, show_cost, told_by_another, transfer
+from pma.engine import SNAPSHOTS, Plan
 from pma.errors import printable
-from pma.quantities import bytes_text, count_text
+from pma.quantities import bytes_text, count_text, parse_rate
 from pma.remote import location
 
 
@@ -49,6 +51,9 @@ def plan(
     allow_nonfinite: flags.Nonfinite = False,
     threads: flags.Threads = 2,
     memory: flags.Memory = flags.DEFAULT_MEMORY,
+    nodes: flags.Nodes = None,
+    read: flags.ReadRate = "1GB/s",
+    write: flags.WriteRate = "1GB/s",
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
     """What a merge would do, without reading a tensor: sources, weights, tensors by policy, bytes, memory.
@@ -83,8 +88,13 @@ def plan(
         threads=threads,
         memory=memory,
     )
+    rates = {"read_rate": parse_rate(read), "write_rate": parse_rate(write)}
+    started = time.monotonic()
     with verbs.plan(chosen, options) as planned:
         description = planned.describe()
+        if nodes is not None:
+            seconds = time.monotonic() - started
+            description["scaling"] = asdict(engine.predict(planned, nodes, planning_seconds=seconds, **rates))
     if is_run:
         description["suggestion"] = verbs.suggestion(trajectory.resolve(sources, pattern=pattern))
     if not json_output:
@@ -135,8 +145,32 @@ def _show_plan(description: dict[str, Any]) -> None:
         f"memory      {bytes_text(description['peak_memory_bytes'])} at most, {description['threads']} "
         "threads"
     )
+    if "scaling" in description:
+        _show_scaling(description["scaling"])
     if "suggestion" in description:
         say(f"suggestion  {description['suggestion']}")
+
+
+def _show_scaling(scaling: dict[str, Any]) -> None:
+    rates = [f"{bytes_text(scaling[f'{what}_bytes_per_second'])}/s" for what in ("read", "write")]
+    moved = [bytes_text(scaling[f"bytes_to_{what}_per_node"]) for what in ("read", "write")]
+    say(
+        f"{scaling['nodes']} nodes".ljust(12) + f"{scaling['seconds']:.3g} s where each reads {rates[0]} and "
+        f"writes {rates[1]}; planning is {scaling['planning_seconds']:.2g} s of that"
+    )
+    say(
+        f"            each reads {moved[0]} and writes {moved[1]} at most, in "
+        f"{bytes_text(scaling['peak_memory_bytes_per_node'])} of memory; "
+        f"{scaling['files_shared']} files are written by more than one"
+    )
+    files, in_store = scaling["files"], scaling["files_in_store"]
+    sharded = f"re-sharded from {files} into {in_store}" if in_store > files else f"{in_store}"
+    say(
+        f"            into a store {scaling['seconds_to_store']:.3g} s: each file is one node's, "
+        f"{sharded} files"
+    )
+    if scaling["nodes_idle"]:
+        say(f"            {scaling['nodes_idle']} nodes have nothing to do: there are fewer blocks")
 
 
 def _beside(description: dict[str, Any]) -> list[str]:
@@ -223,20 +257,24 @@ def merge(
         threads=threads,
         memory=memory,
     )
+    crew = launched(measures_roofline=measure_roofline)
     with verbs.plan(chosen, options) as planned:
-        for path, reason in planned.left_out:
-            note(f"left out: {path}: {reason}")
-        if planned.options.uses_means:
-            note_gaps(planned.describe()["interval_means"])
-        for warning in engine.check_output(planned, out, inside_run=inside_run, staging=staging, fresh=fresh):
-            note(f"warning: {warning}")
+        if speaks(crew):
+            _note_left_out(planned)
+        if crew is None:  # else rank 0 finds out while the others wait
+            for warning in engine.check_output(
+                planned, out, inside_run=inside_run, staging=staging, fresh=fresh
+            ):
+                note(f"warning: {warning}")
         roofline = (
             engine.measure_roofline(planned, engine.built_at(out, staging)) if measure_roofline else None
         )
-        with transfer("merging", planned.bytes_to_write, as_json=json_output) as show:
+        with transfer("merging", planned.bytes_to_write, as_json=json_output, quiet=not speaks(crew)) as show:
             done = engine.write(
                 planned,
                 out,
+                crew=crew,
+                tell=note,
                 inside_run=inside_run,
                 sha256=sha256,
                 hash_sources=hash_sources,
@@ -246,11 +284,20 @@ def merge(
                 staging=staging,
                 sending=sending(as_json=json_output),
             )
+    if crew is not None and not crew.leads:
+        return told_by_another(crew, done)
     result = {**asdict(done), "path": str(out), **cost(done, roofline)}
     if not json_output:
         say(f"{out}: {done.scheme} of {done.checkpoints} {sources_text(use)}")
         show_cost(result)
     return result
+
+
+def _note_left_out(planned: Plan) -> None:
+    for path, reason in planned.left_out:
+        note(f"left out: {path}: {reason}")
+    if planned.options.uses_means:
+        note_gaps(planned.describe()["interval_means"])
 
 
 def verify(

@@ -111,6 +111,15 @@ BreakLock = Annotated[
 MeasureRoofline = Annotated[
     bool, typer.Option("--measure-roofline", help="First time plain reads and writes of a sample.")
 ]
+Nodes = Annotated[
+    int | None, typer.Option("--nodes", metavar="N", min=1, help="Predict the time on N nodes.")
+]
+ReadRate = Annotated[
+    str, typer.Option("--read", metavar="RATE", help="With --nodes: what each node reads, such as 5GB/s.")
+]
+WriteRate = Annotated[
+    str, typer.Option("--write", metavar="RATE", help="With --nodes: what each node writes.")
+]
 Threads = Annotated[int, typer.Option("--threads", help="Workers that read and average.")]
 Memory = Annotated[str, typer.Option("--memory", help="Budget for buffers, such as 256MiB.")]
 Tasks = Annotated[

@@ -14,6 +14,7 @@ from typing import Any, ParamSpec
 
 import typer
 
+from pma.cli.launching import refuse_repeated
 from pma.errors import Interrupted, PmaError
 
 P = ParamSpec("P")
@@ -22,13 +23,15 @@ P = ParamSpec("P")
 def command(function: Callable[P, dict[str, Any]]) -> Callable[P, None]:
     """Turn a function that prints people's output and returns the JSON into a command with tidy errors.
 
-    The function prints only where its `json_output` argument is false.
+    The function prints only where its `json_output` argument is false. A result without anything in it is
+    another process's to give.
     """
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         as_json = bool(kwargs.get("json_output"))
         try:
+            refuse_repeated(function.__name__)
             result = function(*args, **kwargs)
         except PmaError as error:
             raise _failed(error, as_json) from None
@@ -41,7 +44,7 @@ def command(function: Callable[P, dict[str, Any]]) -> Callable[P, None]:
             where = f"{error.filename}: " if error.filename else ""
             raise _failed(PmaError(f"{where}{error.strerror or error}"), as_json) from None
         status = int(result.pop("exit_status", 0))
-        if as_json:
+        if as_json and result:
             print(json.dumps(result))
         if status:
             raise typer.Exit(status)

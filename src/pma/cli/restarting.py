@@ -10,8 +10,9 @@ import typer
 
 from pma import engine, restart, trajectory, verbs
 from pma.cli import options as flags
+from pma.cli.launching import launched, speaks
 from pma.cli.output import command, note, say
-from pma.cli.transfer import cost, sending, show_cost, transfer
+from pma.cli.transfer import cost, sending, show_cost, told_by_another, transfer
 from pma.errors import UsageError
 from pma.remote import location
 
@@ -87,14 +88,18 @@ def init(
     options = flags.merge_options(
         scheme, weights, allow_nonfinite=allow_nonfinite, threads=threads, memory=memory
     )
+    crew = launched()
     with verbs.plan_init(
         chosen, options, optimizer=optimizer, purpose=purpose or "resume", before_step=before_step
     ) as planned:
-        for path, reason in planned.left_out:
+        for path, reason in planned.left_out if speaks(crew) else ():
             note(f"left out: {path}: {reason}")
-        for warning in engine.check_output(planned, out, inside_run=inside_run, staging=staging, fresh=fresh):
-            note(f"warning: {warning}")
-        with transfer("merging", planned.bytes_to_write, as_json=json_output) as show:
+        if crew is None:  # else rank 0 finds out while the others wait
+            for warning in engine.check_output(
+                planned, out, inside_run=inside_run, staging=staging, fresh=fresh
+            ):
+                note(f"warning: {warning}")
+        with transfer("merging", planned.bytes_to_write, as_json=json_output, quiet=not speaks(crew)) as show:
             done = restart.write(
                 planned,
                 out,
@@ -106,7 +111,11 @@ def init(
                 progress=show,
                 staging=staging,
                 sending=sending(as_json=json_output),
+                crew=crew,
+                tell=note,
             )
+    if crew is not None and not crew.leads:
+        return told_by_another(crew, done.merge)
     result = {**asdict(done.merge), **asdict(done), "path": str(out), **cost(done.merge, None)}
     del result["merge"]
     if not json_output:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pma.cli.output import note, progress, say
-from pma.engine import Merge, Roofline
+from pma.engine import Crew, Merge, Roofline
 from pma.quantities import bytes_text
 
 _EVENT_SECONDS = 1.0
@@ -21,12 +21,18 @@ _LINE_SECONDS = 10.0
 
 
 @contextmanager
-def transfer(title: str, bytes_to_write: int, *, as_json: bool) -> Iterator[Callable[[int, int], None]]:
+def transfer(
+    title: str, bytes_to_write: int, *, as_json: bool, quiet: bool = False
+) -> Iterator[Callable[[int, int], None]]:
     """Call it with bytes read and written since the last call, from any thread. Bytes that were there already
     come with none read.
 
-    A bar where stderr is a terminal, else a line now and then; with `as_json` one JSON object a second.
+    A bar where stderr is a terminal, else a line now and then; with `as_json` one JSON object a second; with
+    `quiet` nothing.
     """
+    if quiet:
+        yield lambda read, written: None
+        return
     meter, lock = _Meter(bytes_to_write), threading.Lock()
     if as_json:
         last = [time.monotonic()]
@@ -137,3 +143,15 @@ def show_cost(result: Mapping[str, Any]) -> None:
             f"on a sample, "
             f"would take {result['roofline_seconds']:.1f} s"
         )
+
+
+def told_by_another(crew: Crew, done: Merge) -> dict[str, Any]:
+    """A line of what this process did for a merge by several; its result is none, as rank 0 gives that of
+    all.
+    """
+    if done.bytes_written:
+        note(
+            f"{crew.name}: read {bytes_text(done.bytes_read)}, wrote {bytes_text(done.bytes_written)} in "
+            f"{done.stream_seconds:.1f} s"
+        )
+    return {}

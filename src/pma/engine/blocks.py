@@ -127,6 +127,15 @@ class Blocks(Sequence[Block]):
             spans=spans,
         )
 
+    def files(self, first: int, last: int) -> list[str]:
+        """Names of the files that blocks `first` to `last` lie in."""
+        low, high = (bisect_right(self._firsts, number) - 1 for number in (first, last))
+        return [file.name for file in self._layout.files[low : high + 1]]
+
+    def file_of(self, number: int) -> str:
+        """Name of the file that block `number` lies in."""
+        return self._layout.files[bisect_right(self._firsts, number) - 1].name
+
     def averaged_types(self) -> set[tuple[DType, DType]]:
         """Types in the sources and in the output, of what is averaged."""
         averaged = [name for name, policy in self._policies.items() if policy is Policy.AVERAGE]

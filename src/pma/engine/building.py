@@ -5,14 +5,14 @@ behind.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pma.engine import provenance
 from pma.engine.blocks import CHUNK_BYTES
-from pma.engine.journal import JOURNAL_FILE, Journal
+from pma.engine.journal import JOURNAL_FILE, Followed, Journal, journals_of_others
 from pma.engine.lease import LEASE_FILE, Lease
 from pma.engine.plan import Plan
 from pma.engine.staging import (
@@ -23,7 +23,7 @@ from pma.engine.staging import (
     sync_folders,
 )
 from pma.engine.stopping import StopFlag
-from pma.engine.stream import Output
+from pma.engine.stream import Digests, Output
 from pma.errors import UsageError
 from pma.formats.files import sync_folder
 from pma.formats.folder_writer import FolderWriter
@@ -34,11 +34,11 @@ SAVE_SECONDS = 5.0
 class Building:
     """The hidden folder of one output, held by this process from `__init__` to `close`.
 
-    `output.digests` holds what an earlier attempt had finished. Raises UsageError where the output exists,
-    somebody else builds it, or an earlier attempt was of another merge.
+    Nothing that an earlier attempt left is touched before `begin`. Raises UsageError where the output exists
+    or somebody else builds it.
     """
 
-    def __init__(self, plan: Plan, out: Path, *, fresh: bool = False, break_lock: bool = False) -> None:
+    def __init__(self, plan: Plan, out: Path, *, break_lock: bool = False) -> None:
         self.plan, self.out = plan, out
         self.folder, self._lease = _leased(out, break_lock=break_lock)
         try:
@@ -49,16 +49,24 @@ class Building:
             raise
         self._writer = FolderWriter(self.folder)
         self._part = self._writer.open_part()
+        self._heard: Digests = {}
+        self.output = Output(part=self._part)
+
+    def begin(self, *, fresh: bool = False) -> None:
+        """Take over what an earlier attempt had finished, or start anew; make the files.
+
+        `output.digests` holds what is done. Raises UsageError where an earlier attempt was of another merge.
+        """
         try:
             self._resume_or_start(fresh=fresh)
-            self._writer.create(plan.layout)
+            self._writer.create(self.plan.layout)
             sync_folders(self.folder)
         except BaseException as error:
-            if not isinstance(error, UsageError) and not self._journal.digests:
+            if not isinstance(error, UsageError) and not self.is_resumable:
                 self.discard()
             self.close()
             raise
-        self.output = Output(part=self._part, digests=dict(self._journal.digests))
+        self.output.digests |= self._journal.digests
 
     def _resume_or_start(self, *, fresh: bool) -> None:
         heading = provenance.heading(self.plan)
@@ -69,23 +77,49 @@ class Building:
                 f"an earlier merge to {self.out} was interrupted, and its {what} were not the same; "
                 "repeat that command to go on, or say --fresh to start over"
             )
-        if earlier == heading and not fresh and self._files_are_whole():
-            weights = [file.name for file in self.plan.layout.files]
-            clear(self.folder, but=(LEASE_FILE, JOURNAL_FILE, *weights))
-            return
-        clear(self.folder)
+        others = journals_of_others(self.folder)
+        ours = [path.name for path in journals_of_others(self.folder, self.token)]
+        if earlier == heading and not fresh:
+            self._heard = _chunks_of_others(others, heading)
+            if self._files_are_whole():
+                self._journal.add({c: d for c, d in self._heard.items() if c not in self._journal.digests})
+                weights = [file.name for file in self.plan.layout.files]
+                clear(self.folder, but=(LEASE_FILE, JOURNAL_FILE, *ours, *weights))
+                return
+        clear(self.folder, but=(LEASE_FILE, JOURNAL_FILE, *ours))
+        self._heard = {}
+        if others:  # no power loss may bring them back beside files that are made anew
+            sync_folder(self.folder)
         self._journal.start(heading)
 
     def _files_are_whole(self) -> bool:
-        sizes = {name: _size_bytes(self.folder / name) for name, _ in self._journal.digests}
+        chunks = (*self._journal.digests, *self._heard)
+        sizes = {name: _size_bytes(self.folder / name) for name in {name for name, _ in chunks}}
         return all(sizes.get(f.name, f.size_bytes) == f.size_bytes for f in self.plan.layout.files)
+
+    @property
+    def token(self) -> str:
+        """Of our lease: what other processes that work here know us by."""
+        return self._lease.token
+
+    def hear(self, digests: Digests, sent: Mapping[str, str] | None = None) -> None:
+        """Others finished these chunks and journaled them here, where nothing needs to be sent."""
+        self._heard |= digests
+        self.output.digests |= digests
 
     @property
     def bytes_done(self) -> int:
         """Bytes of finished chunks, as far as this process knows."""
+        return self.bytes_of(list(self.output.digests))
+
+    def bytes_of(self, chunks: Iterable[tuple[str, int]]) -> int:
+        """Bytes of some chunks of the output."""
         sizes = {file.name: file.size_bytes for file in self.plan.layout.files}
-        chunks = list(self.output.digests)
         return sum(min(CHUNK_BYTES, sizes[file] - number * CHUNK_BYTES) for file, number in chunks)
+
+    def show_life(self) -> None:
+        """Let others see that we live."""
+        self._lease.touch()
 
     def save(self) -> None:
         """Sync what is written, then say so in the journal; show that we live."""
@@ -107,7 +141,9 @@ class Building:
         for name, data in plan.side_files.items():
             self._writer.write_bytes(name, data)
         origins = {name: str((beside / name).resolve()) for name in plan.side_files}
-        value = provenance.record(plan, self.output.digests, self.folder, origins, add_sha256=sha256)
+        value = provenance.record(
+            plan, self.output.digests, origins, sha256_in=self.folder if sha256 else None
+        )
         if hash_sources:
             provenance.add_source_digests(value)
         self._writer.write_bytes(provenance.RECORD_FILE, provenance.encode(value))
@@ -118,7 +154,12 @@ class Building:
     @property
     def is_resumable(self) -> bool:
         """Whether an attempt after this one would find something done."""
-        return bool(self._journal.digests)
+        return bool(self._journal.digests or self._heard)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether no attempt was begun here before."""
+        return self._journal.heading is None
 
     @property
     def is_ours(self) -> bool:
@@ -157,6 +198,17 @@ def _leased(out: Path, *, break_lock: bool) -> tuple[Path, Lease]:
         return folder, lease
 
 
+def _chunks_of_others(paths: Sequence[Path], heading: Mapping[str, Any]) -> Digests:
+    """What processes of an earlier attempt at the same merge did, each by its own journal."""
+    found: Digests = {}
+    for path in paths:
+        journal = Followed(path)
+        chunks = journal.news()
+        if journal.heading is not None and journal.heading.get("plan") == heading:
+            found |= chunks
+    return found
+
+
 def _size_bytes(path: Path) -> int:
     try:
         return path.stat().st_size
@@ -172,8 +224,14 @@ def _waits(seconds: float) -> Iterator[float]:
         wait = min(2 * wait, seconds)
 
 
+class Saved(Protocol):
+    """What is to be saved now and then."""
+
+    def save(self) -> None: ...
+
+
 @contextmanager
-def kept_up(buildings: Sequence[Building], stop: StopFlag, seconds: float = SAVE_SECONDS) -> Iterator[None]:
+def kept_up(buildings: Sequence[Saved], stop: StopFlag, seconds: float = SAVE_SECONDS) -> Iterator[None]:
     """In the block, save every building now and then, `seconds` apart. Where that fails, `stop` is set and
     the error raised.
     """

@@ -9,34 +9,25 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, Unpack
 
 from pma.engine import provenance
-from pma.engine.building import SAVE_SECONDS, Building, kept_up
+from pma.engine.attempt import attempt
+from pma.engine.building import SAVE_SECONDS, kept_up
 from pma.engine.plan import Plan
 from pma.engine.staging import leftover_bytes, refuse_existing
 from pma.engine.stopping import StopFlag
 from pma.engine.stream import Progress, stream
+from pma.engine.together.crew import Crew
 from pma.engine.work import Work, work_of
-from pma.errors import (
-    IncompleteError,
-    Interrupted,
-    MismatchError,
-    NonfiniteError,
-    SpaceError,
-    StorageError,
-    UsageError,
-)
-from pma.formats.files import NO_ROOM
+from pma.errors import SpaceError, UsageError
 from pma.formats.hf_trainer import STATE_FILE
 from pma.quantities import bytes_text
 
-# what may be otherwise at the next attempt
-_MAY_GO_ON = (Interrupted, SpaceError, StorageError, IncompleteError, UsageError)
 # names that trainers take for their own checkpoints and resume from, or delete
 _TRAINER_NAME = re.compile(r"checkpoint-\d+|step-?\d+|iter_\d+", re.ASCII)
 
@@ -149,7 +140,8 @@ class How(TypedDict, total=False):
     sources, both by reading them again. `fresh` forgets an earlier attempt; `break_lock` takes the lease of
     another host's. `progress` hears of bytes moved. `save_seconds`: how often what is done is made durable.
     For an output in a store: `staging` is the folder it is built in, and `sending` hears how many bytes of
-    how many are there.
+    how many are there. `crew`: this process's place among several that write the output together; `tell`
+    hears a line of whom they wait for.
     """
 
     inside_run: bool
@@ -161,6 +153,8 @@ class How(TypedDict, total=False):
     save_seconds: float
     staging: Path | None
     sending: Callable[[int, int], None] | None
+    crew: Crew | None
+    tell: Callable[[str], None]
 
 
 def write(plan: Plan, out: Path, **how: Unpack[How]) -> Merge:
@@ -177,13 +171,13 @@ def write_all(work: Work, targets: Sequence[tuple[Plan, Path]], **how: Unpack[Ho
     inside_run, fresh = how.get("inside_run", False), how.get("fresh", False)
     break_lock = how.get("break_lock", False)
     warnings = [check_output(plan, out, inside_run=inside_run) for plan, out in targets]
-    count, started = _Count(how.get("progress")), time.monotonic()
+    count, started = Count(how.get("progress")), time.monotonic()
     from pma.engine.compute import load_kernels  # takes a while: a signal amid it may abort the process
 
     load_kernels(work.blocks.averaged_types())
     with ExitStack() as stack:
         buildings = [
-            stack.enter_context(_built(_begun(plan, out, fresh=fresh, break_lock=break_lock)))
+            stack.enter_context(attempt(plan, out, fresh=fresh, break_lock=break_lock))
             for plan, out in targets
         ]
         resumed = [building.bytes_done for building in buildings]
@@ -215,7 +209,7 @@ def write_all(work: Work, targets: Sequence[tuple[Plan, Path]], **how: Unpack[Ho
     ]
 
 
-class _Count:
+class Count:
     """Bytes read and written, counted from many threads, and passed on to whoever shows progress."""
 
     def __init__(self, progress: Progress | None) -> None:
@@ -230,43 +224,3 @@ class _Count:
             self.written += written
         if self._progress is not None:
             self._progress(read, written)
-
-
-def _begun(plan: Plan, out: Path, *, fresh: bool, break_lock: bool) -> Building:
-    with _errors_of_ours(out):
-        return Building(plan, out, fresh=fresh, break_lock=break_lock)
-
-
-@contextmanager
-def _errors_of_ours(out: Path) -> Iterator[None]:
-    """Whatever fails in the block, be it a sync or a journal without room, is one of the errors that we
-    promise.
-    """
-    try:
-        yield
-    except OSError as error:
-        kind = SpaceError if error.errno in NO_ROOM else StorageError
-        where = error.filename if isinstance(error.filename, str) else out
-        raise kind(f"{where}: writing failed: {error.strerror or error}") from error
-    except KeyboardInterrupt:
-        raise Interrupted("interrupted while merging") from None
-
-
-@contextmanager
-def _built(building: Building) -> Iterator[Building]:
-    """After a failure, keep what a later attempt can go on with, and say so; remove anything else."""
-    try:
-        with _errors_of_ours(building.out):
-            yield building
-    except BaseException as error:
-        if isinstance(error, (MismatchError, NonfiniteError)) or not building.is_resumable:
-            building.discard()
-        elif isinstance(error, _MAY_GO_ON) and building.is_ours:
-            share = 100 * building.bytes_done // max(building.plan.bytes_to_write, 1)
-            raise type(error)(
-                f"{error}. About {share}% of {building.out} is done and kept in {building.folder.name}: "
-                "the same command goes on, with --fresh it starts over"
-            ) from error
-        raise
-    finally:
-        building.close()

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import stat
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,43 +17,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
-from blake3 import blake3
-
 from pma.engine import commit, provenance
 from pma.engine.commit import How, Merge, check_room, is_written
-from pma.engine.journal import JOURNAL_FILE, Journal
+from pma.engine.journal import JOURNAL_FILE, Journal, journals_of_others
 from pma.engine.lease import LEASE_FILE, Lease
 from pma.engine.plan import Plan
+from pma.engine.staging import built_at, make_private, private_folder
+from pma.engine.together import writing as together
+from pma.engine.together.in_store import as_begun, refuse_in_store
+from pma.engine.together.places import stamp_of
 from pma.engine.work import shared_work
 from pma.errors import IncompleteError, Interrupted, StorageError, UsageError
 from pma.formats.contracts import UNFINISHED_FILE
-from pma.formats.strict_json import parse_object
 from pma.quantities import bytes_text
 from pma.remote import Entry, RemotePath
 
 # files that are sent at once; the driver sends parts of a large one at once, too
 _AT_ONCE = 4
-_LARGEST_MARKER_BYTES = 2**16
-
-
-def built_at(out: Path, staging: Path | None = None) -> Path:
-    """Where `out` is built: itself, or for a place in a store a folder in `staging` with a like name."""
-    if not isinstance(out, RemotePath):
-        return out
-    digest = blake3(str(out).encode()).hexdigest()[:12]
-    return (staging or _private_folder()) / f"{out.name}-{digest}"
-
-
-def _private_folder() -> Path:
-    return Path(tempfile.gettempdir()) / f"pma-{os.getuid()}"
-
-
-def _make_private(folder: Path) -> None:
-    """Make the default staging folder, for nobody else: others on this machine can foresee its name."""
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = os.lstat(folder)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise UsageError(f"{folder} is not a folder of yours alone; choose another place with --staging DIR")
 
 
 def check_output(
@@ -64,7 +42,7 @@ def check_output(
     """As `commit.check_output`, also for an output in a store."""
     if not isinstance(out, RemotePath):
         return commit.check_output(plan, out, inside_run=inside_run)
-    _refuse_existing(plan, out, fresh=fresh)
+    refuse_in_store(as_begun(plan, out, fresh=fresh), out, fresh=fresh)
     commit.refuse_inside_run(plan, out, inside_run=inside_run)
     local = built_at(out, staging)
     if not os.path.lexists(local):
@@ -72,29 +50,14 @@ def check_output(
     return commit.name_warnings(out)
 
 
-def _refuse_existing(plan: Plan, out: RemotePath, *, fresh: bool) -> None:
-    """Raises UsageError where `out` holds anything but what an interrupted attempt at this merge left."""
-    out.store.forget(out.place)
-    inside = {path.name for path in out.iterdir()}
-    if not inside and not out.is_file():
-        return
-    if UNFINISHED_FILE not in inside or provenance.RECORD_FILE in inside:
-        raise UsageError(f"{out} exists already and is not touched; choose another output or remove it first")
-    marker = out / UNFINISHED_FILE
-    small = marker.stat().st_size <= _LARGEST_MARKER_BYTES
-    earlier = parse_object(marker.read_bytes(), str(marker)) if small else {}
-    if earlier.get("plan") != provenance.heading(plan) and not fresh:
-        raise UsageError(
-            f"an earlier merge to {out} was interrupted while it was sent, and its sources or options were "
-            "not the same; repeat that command to go on, or say --fresh to start over"
-        )
-
-
 def write(plan: Plan, out: Path, **how: Unpack[How]) -> Merge:
     """As `commit.write`, also to a store: then it is built in `staging` first. An interrupted attempt goes
-    on, be it at building or at sending.
+    on, be it at building or at sending. With a `crew`, see `together.write`.
     """
-    return write_all([(plan, out)], **how)[0]
+    if how.get("crew") is not None:
+        return together.write(plan, out, **how)
+    begun = as_begun(plan, out, fresh=how.get("fresh", False)) if isinstance(out, RemotePath) else plan
+    return write_all([(begun, out)], **how)[0]
 
 
 def write_all(targets: Sequence[tuple[Plan, Path]], **how: Unpack[How]) -> list[Merge]:
@@ -104,7 +67,7 @@ def write_all(targets: Sequence[tuple[Plan, Path]], **how: Unpack[How]) -> list[
         check_output(plan, out, inside_run=how.get("inside_run", False), staging=staging, fresh=fresh)
     places = [(plan, built_at(out, staging)) for plan, out in targets]
     if staging is None and any(isinstance(out, RemotePath) for _, out in targets):
-        _make_private(_private_folder())
+        make_private(private_folder())
     for (plan, local), (_, out) in zip(places, targets, strict=True):
         if isinstance(out, RemotePath):
             _forget_another(plan, local, out, fresh=fresh)
@@ -206,7 +169,8 @@ class _Sending:
 
     def __init__(self, plan: Plan, local: Path, out: RemotePath) -> None:
         self.local, self.out = local, out
-        self._heading = {"sent_to": str(out), "plan": provenance.heading(plan)}
+        heading = provenance.heading(plan)
+        self._heading = {"sent_to": str(out), "plan": heading, "files": len(plan.layout.files)}
         files = {path.relative_to(local).as_posix(): path for path in local.rglob("*") if path.is_file()}
         ours = [name for name in files if name.startswith(LEASE_FILE) or name == JOURNAL_FILE]
         self._sizes = {name: path.stat().st_size for name, path in files.items() if name not in ours}
@@ -234,7 +198,9 @@ class _Sending:
             for name in last:
                 if name in missing:
                     self._arrived(name, self._send(name), journal)
-            self.out.store.remove(marker.place)
+            self.out.store.forget(self.out.place)
+            for left in (*journals_of_others(self.out), marker):  # several processes may have begun it
+                self.out.store.remove(left.place)
             self.out.store.forget(self.out.place)
         finally:
             journal.close()
@@ -244,7 +210,7 @@ class _Sending:
         sent = journal.digests.get((name, self._sizes[name]))
         folder, _, last = name.rpartition("/")
         found = self.out.store.listing((self.out / folder if folder else self.out).place).get(last)
-        return sent is not None and found is not None and sent == _stamp(found)
+        return sent is not None and found is not None and sent == stamp_of(found)
 
     def _at_once(self, names: Sequence[str]) -> Iterator[tuple[str, Entry]]:
         pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="pma-send")
@@ -259,10 +225,6 @@ class _Sending:
         return self.out.store.send(self.local / name, (self.out / name).place)
 
     def _arrived(self, name: str, entry: Entry, journal: Journal) -> None:
-        journal.add({(name, self._sizes[name]): _stamp(entry)})
+        journal.add({(name, self._sizes[name]): stamp_of(entry)})
         self.bytes_sent += self._sizes[name]
         self.bytes_there += self._sizes[name]
-
-
-def _stamp(entry: Entry) -> str:
-    return f"{entry.size_bytes} {entry.stamp}"

@@ -2,8 +2,9 @@
 
 A lock tells of processes under this kernel whether they live: one that was killed has none. It tells nothing
 of another host, and names and numbers of hosts and processes are used again in containers; so a lease that
-was left by another host or another boot is only ever broken on request. Nor is any on a file system without
-locks (Lustre is often mounted so), where nobody can tell whether its holder lives.
+was left by another host or another boot is only ever broken on request, unless its holder wrote into it that
+it let go. The same holds on a file system without locks (Lustre is often mounted so), where nobody can tell
+whether a holder lives.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from pma.errors import UsageError, printable
@@ -31,6 +34,7 @@ class Lease:
         self._mine = folder / f"{LEASE_FILE}.{secrets.token_hex(8)}"
         self._out = out
         self._descriptor = -1
+        self._holder = {**this_process(), "token": secrets.token_hex(16)}
         try:
             try:
                 self._write()
@@ -46,8 +50,7 @@ class Lease:
         """Our lease under a name of its own: in place it is never seen half-written."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         self._descriptor = os.open(self._mine, flags, 0o644)
-        holder = {"host": _host(), "boot": _boot(), "pid": os.getpid(), "token": secrets.token_hex(16)}
-        os.write(self._descriptor, json.dumps(holder).encode())
+        os.write(self._descriptor, json.dumps(self._holder).encode())
         os.fsync(self._descriptor)
         _lock(self._descriptor)
 
@@ -97,8 +100,8 @@ class Lease:
             raise UsageError(
                 f"{self._out} is being written by {who}, last heard of {seconds:.0f} s ago; wait for it"
             )
-        ours = (holder.get("host"), holder.get("boot")) == (_host(), _boot())
-        if not (ours and locked) and not break_lock:
+        ours = (holder.get("host"), holder.get("boot")) == (host(), boot())
+        if not (ours and locked) and not break_lock and "released" not in holder:
             why = "a file system without locks" if ours else "another host, or before a restart"
             raise UsageError(
                 f"{self._out} is being written, or was left unfinished, by {who} ({why}), last heard of "
@@ -109,17 +112,43 @@ class Lease:
         """Show that we live. Raises UsageError where another broke our lease."""
         if not self.is_held():
             raise UsageError(f"another process broke the lease on {self._out}; this one stops")
+        self.touch()
+
+    def touch(self) -> None:
+        """Show that we live, and do not look whether it is still ours."""
         os.utime(self._descriptor)
+
+    @property
+    def token(self) -> str:
+        """What tells this lease from any other."""
+        return str(self._holder["token"])
 
     def is_held(self) -> bool:
         """Whether the lease in the folder is still ours."""
         return _same(self._descriptor, self._path)
 
     def release(self) -> None:
-        """Let go; the file stays for its folder to be judged by."""
+        """Let go, and say so in the file, which stays for its folder to be judged by."""
         if self._descriptor >= 0:
+            with suppress(OSError):  # then another host's is refused, as after a kill
+                if self.is_held():
+                    os.pwrite(self._descriptor, json.dumps({**self._holder, "released": True}).encode(), 0)
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def holder_of(folder: Path) -> tuple[dict[str, str], int]:
+    """What the lease in a folder says of its holder, and when that was last heard of; nothing where there is
+    none.
+    """
+    try:
+        descriptor = os.open(folder / LEASE_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return {}, 0
+    try:
+        return _holder(descriptor), os.fstat(descriptor).st_mtime_ns
+    finally:
+        os.close(descriptor)
 
 
 def _lock(descriptor: int) -> bool | None:
@@ -150,11 +179,36 @@ def _holder(descriptor: int) -> dict[str, str]:
     return {k: printable(str(v), 80) for k, v in value.items()} if isinstance(value, dict) else {}
 
 
-def _host() -> str:
+def host() -> str:
+    """What this machine is called."""
     return socket.gethostname()
 
 
-def _boot() -> str:
+def this_process() -> dict[str, str | int]:
+    """What tells this process from any other. `pids`: among which its number is, as those of a container."""
+    try:
+        pids = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        pids = 0
+    return {"host": host(), "boot": boot(), "pids": pids, "pid": os.getpid()}
+
+
+def is_gone(process: Mapping[str, object]) -> bool:
+    """Whether a process, as it told itself, is no more; False where that cannot be known from here."""
+    for what, ours in this_process().items():
+        if what != "pid" and (not ours or str(process.get(what)) != str(ours)):
+            return False
+    try:
+        os.kill(int(str(process.get("pid"))), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, OverflowError):
+        pass
+    return False
+
+
+def boot() -> str:
+    """Which start of this machine's system is running."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from itertools import pairwise
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pma import formats
 from pma.engine import converting, means, optimizer_state
 from pma.engine.blocks import Blocks, Policy
 from pma.engine.memory_budget import DEFAULT_MEMORY_BYTES, peak_memory_bytes
+from pma.engine.partition import Part, block_bytes, partition
 from pma.errors import UsageError
 from pma.formats.contracts import CheckpointReader
 from pma.formats.interval_mean import IntervalMean
@@ -136,12 +137,24 @@ class Plan:
         from_stores = any(reader.is_remote for reader in self.readers)
         return peak_memory_bytes(self.tile_bytes, workers, merges=1, names=names, from_stores=from_stores)
 
-    def partition(self, parts: int) -> list[range]:
-        """The numbers of the blocks in `parts` runs of about equal bytes; several processes can each stream
-        one.
+    def partition(
+        self, parts: int, *, whole_files: bool = False, done: Collection[tuple[str, int]] = ()
+    ) -> list[Part]:
+        """The blocks in `parts` parts that several processes can each stream; see `partition.partition`.
+
+        `done`: chunks (file and number) that an earlier attempt finished, and that are not counted.
         """
-        cuts = [len(self.blocks) * part // parts for part in range(parts + 1)]
-        return [range(start, stop) for start, stop in pairwise(cuts)]
+        moved = block_bytes(self.layout, self.tensors, self.policies, len(self.sources))
+        firsts = {file.name: int(n) for file, n in zip(self.layout.files, moved.first_F, strict=False)}
+        missing = moved.without([firsts[file] + number for file, number in done])
+        return partition(missing, parts, whole_files=whole_files)
+
+    def resharded(self, files: int) -> Plan:
+        """The same merge into `files` files, where it has fewer and the output's format can do that."""
+        layout = formats.in_files(self.layout, files)
+        if layout is self.layout:
+            return self
+        return replace(self, layout=layout, blocks=Blocks(layout, self.tensors, self.policies))
 
     def close(self) -> None:
         """Release open files."""

@@ -32,10 +32,10 @@ _LARGEST_RECORD_BYTES = 512 * 2**20
 
 
 def record(
-    plan: Plan, digests: Digests, folder: Path, side_files: Mapping[str, str], *, add_sha256: bool
+    plan: Plan, digests: Digests, side_files: Mapping[str, str], *, sha256_in: Path | None = None
 ) -> dict[str, Any]:
-    """The content of `pma.json` for the output in `folder`. `side_files`: name -> where it was really read
-    from.
+    """The content of `pma.json` for an output. `side_files`: name -> where it was really read from.
+    `sha256_in`: the folder that the output lies in, to add digests of its files by reading them again.
     """
     options = plan.options
     return {
@@ -68,10 +68,8 @@ def record(
         "zero": _names(plan, Policy.ZERO),
         "excluded": list(plan.excluded),
         "left_out": [{"path": str(path), "reason": reason} for path, reason in plan.left_out],
-        "small_files": _small_files(plan, folder, side_files),
-        "outputs": [
-            _output(plan, file.name, digests, folder if add_sha256 else None) for file in plan.layout.files
-        ],
+        "small_files": _small_files(plan, side_files),
+        "outputs": [_output(plan, file.name, digests, sha256_in) for file in plan.layout.files],
     }
 
 
@@ -125,15 +123,12 @@ def _output(plan: Plan, name: str, digests: Digests, sha256_of: Path | None) -> 
     return output
 
 
-def _small_files(plan: Plan, folder: Path, side_files: Mapping[str, str]) -> list[dict[str, Any]]:
+def _small_files(plan: Plan, side_files: Mapping[str, str]) -> list[dict[str, Any]]:
     """Everything beside the weights: side files and the index. `from` is None for what was made here."""
+    written = {**plan.layout.records, **plan.side_files}
     return [
-        {
-            "name": name,
-            "from": side_files.get(name),
-            "blake3": blake3((folder / name).read_bytes()).hexdigest(),
-        }
-        for name in sorted({*plan.layout.records, *plan.side_files})
+        {"name": name, "from": side_files.get(name), "blake3": blake3(data).hexdigest()}
+        for name, data in sorted(written.items())
     ]
 
 

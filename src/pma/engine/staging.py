@@ -5,13 +5,18 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import stat
+import tempfile
 from pathlib import Path
 
-from pma.engine.journal import JOURNAL_FILE
+from blake3 import blake3
+
+from pma.engine.journal import JOURNAL_FILE, journals_of_others
 from pma.engine.lease import LEASE_FILE
 from pma.errors import UsageError
 from pma.formats import UNFINISHED_SUFFIX
 from pma.formats.files import sync_folder
+from pma.remote import RemotePath
 
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 
@@ -19,6 +24,27 @@ _AT_FDCWD, _RENAME_NOREPLACE = -100, 1
 def staging_folder(out: Path) -> Path:
     """Where `out` is built: a hidden sibling, so that the rename stays on one file system."""
     return out.parent / f".{out.name}{UNFINISHED_SUFFIX}"
+
+
+def built_at(out: Path, staging: Path | None = None) -> Path:
+    """Where `out` is built: itself, or for a place in a store a folder in `staging` with a like name."""
+    if not isinstance(out, RemotePath):
+        return out
+    digest = blake3(str(out).encode()).hexdigest()[:12]
+    return (staging or private_folder()) / f"{out.name}-{digest}"
+
+
+def private_folder() -> Path:
+    """Where outputs of stores are built if nothing else is said."""
+    return Path(tempfile.gettempdir()) / f"pma-{os.getuid()}"
+
+
+def make_private(folder: Path) -> None:
+    """Make the default staging folder, for nobody else: others on this machine can foresee its name."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = os.lstat(folder)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise UsageError(f"{folder} is not a folder of yours alone; choose another place with --staging DIR")
 
 
 def make_staging_folder(out: Path) -> Path:
@@ -84,8 +110,8 @@ def publish(folder: Path, out: Path) -> None:
     _rename_without_replacing(folder, out)
     sync_folder(out.parent)
     # only now: without its lease the folder would be free for another process to take until the rename
-    for name in (JOURNAL_FILE, LEASE_FILE):
-        (out / name).unlink(missing_ok=True)
+    for path in (out / JOURNAL_FILE, *journals_of_others(out), out / LEASE_FILE):
+        path.unlink(missing_ok=True)
     sync_folder(out)
 
 

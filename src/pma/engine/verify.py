@@ -173,7 +173,7 @@ def _planned_again(out: Path, value: dict[str, Any]) -> Plan:
         use=value.get("use", SNAPSHOTS),
         allow_nonfinite=value["allow_nonfinite"],
     )
-    again = plan(trajectory.points, options, as_given=True)
+    again = plan(trajectory.points, options, as_given=True).resharded(len(value["outputs"]))
     planned = [(file.name, file.size_bytes) for file in again.layout.files]
     if planned != [(output["name"], output["size_bytes"]) for output in value["outputs"]]:
         again.close()

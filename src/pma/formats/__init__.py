@@ -20,6 +20,7 @@ from pma.types import CheckpointMeta, Layout, Role, TensorSpec
 
 __all__ = [
     "UNFINISHED_SUFFIX",
+    "in_files",
     "is_checkpoint",
     "named_step",
     "open_checkpoint",
@@ -149,3 +150,10 @@ def plan_layout(
     weights: CheckpointReader = like.weights
     layout = module.plan_layout(like.of_weights(tensors), weights)
     return like.completed(layout, tensors, fresh_steps=fresh_steps)
+
+
+def in_files(layout: Layout, count: int) -> Layout:
+    """A layout with `count` files, where it has fewer and its format can be cut otherwise; else itself."""
+    module = import_module("pma.formats.safetensors")
+    found: Layout = module.in_files(layout, count)
+    return found

@@ -8,7 +8,7 @@ import errno
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,11 +33,19 @@ class OpenFiles:
     """A thread-safe cache of open files, so that ten checkpoints of 163 shards stay below the limit of open
     files.
 
-    A file in use is never closed: users are counted, and only idle ones beyond `most_idle` go.
+    A file in use is never closed: users are counted, and only idle ones beyond `most_idle` go. `opened` is
+    called after each is opened, and may refuse it.
     """
 
-    def __init__(self, folder: Path, most_idle: int = 2, flags: int = os.O_RDONLY) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        most_idle: int = 2,
+        flags: int = os.O_RDONLY,
+        opened: Callable[[], object] | None = None,
+    ) -> None:
         self._folder = folder
+        self._check = opened
         self._most_idle = most_idle
         self._flags = flags
         self._lock = threading.Lock()
@@ -48,7 +56,7 @@ class OpenFiles:
         """The descriptor of `name`, kept open while in the block."""
         with self._lock:
             if name not in self._open:
-                self._open[name] = [open_file(self._folder / name, self._flags), 0]
+                self._open[name] = [self._opened(name), 0]
             self._open.move_to_end(name)
             entry = self._open[name]
             entry[1] += 1
@@ -58,6 +66,16 @@ class OpenFiles:
             with self._lock:
                 entry[1] -= 1
                 self._close_idle(self._most_idle)
+
+    def _opened(self, name: str) -> int:
+        descriptor = open_file(self._folder / name, self._flags)
+        try:
+            if self._check is not None:
+                self._check()
+        except BaseException:
+            os.close(descriptor)  # no other thread may take it for one that may be used
+            raise
+        return descriptor
 
     def _close_idle(self, keep: int) -> None:
         idle = [name for name, (_, users) in self._open.items() if users == 0]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from pma.errors import InputError, SpaceError, StorageError
@@ -73,11 +74,13 @@ class FolderWriter:
 
 
 class FolderPart:
-    """One process's open output files. Implements `PartWriter`."""
+    """One process's open output files. Implements `PartWriter`. `opened` is called after each is opened, and
+    may refuse it.
+    """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, opened: Callable[[], object] | None = None) -> None:
         self._folder = folder
-        self._files = OpenFiles(folder, most_idle=_MOST_OPEN, flags=os.O_WRONLY)
+        self._files = OpenFiles(folder, most_idle=_MOST_OPEN, flags=os.O_WRONLY, opened=opened)
         self._unsynced: set[str] = set()
 
     def write(self, file: str, offset_bytes: int, values: memoryview) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -159,6 +160,41 @@ def plan_layout(tensors: Mapping[str, TensorSpec], like: CheckpointReader | None
     return layout_of(tensors, dict.fromkeys(shards, SINGLE_FILE) if alone else shards)
 
 
+def in_files(layout: Layout, count: int) -> Layout:
+    """The same tensors in `count` files of like size, as far as tensors allow; itself where it has as many,
+    or is not of this format. Files and records beside the weights stay.
+    """
+    index = layout.records.get(INDEX_FILE)
+    ours = {SINGLE_FILE} if index is None else set(json.loads(index)["weight_map"].values())
+    beside = [file for file in layout.files if file.name not in ours]
+    count -= len(beside)
+    if len(beside) == len(layout.files):
+        return layout
+    others = {fragment.tensor for file in beside for fragment in file.fragments}
+    tensors = {name: spec for name, spec in layout.tensors.items() if name not in others}
+    count = min(count, len(tensors))
+    if len(layout.files) - len(beside) >= count:
+        return layout
+    planned = layout_of(tensors, _named(_spread(tensors, count)))
+    records = {name: data for name, data in layout.records.items() if name != INDEX_FILE}
+    return replace(layout, files=(*planned.files, *beside), records={**planned.records, **records})
+
+
+def _spread(tensors: Mapping[str, TensorSpec], count: int) -> dict[str, int]:
+    """Number of the file by tensor, in the order given: where its middle lies among all bytes, but so that
+    each of `count` files has at least one.
+    """
+    total = max(1, sum(spec.length_bytes for spec in tensors.values()))
+    numbers, number, before = dict[str, int](), 0, 0
+    for position, (name, spec) in enumerate(tensors.items()):
+        wanted = int((before + spec.length_bytes / 2) * count / total)
+        least = max(number, count - (len(tensors) - position))  # or too few would be left for the rest
+        number = max(least, min(wanted, number + 1, position, count - 1))
+        numbers[name] = number
+        before += spec.length_bytes
+    return numbers
+
+
 def layout_of(tensors: Mapping[str, TensorSpec], shards: Mapping[str, str]) -> Layout:
     """Each tensor in the file that `shards` names, wide elements first.
 
@@ -182,7 +218,12 @@ def _shards(tensors: Mapping[str, TensorSpec]) -> dict[str, str]:
             number, filled = number + 1, 0
         numbers[name] = number
         filled += spec.length_bytes
-    return {name: f"model-{at + 1:05}-of-{number + 1:05}.safetensors" for name, at in numbers.items()}
+    return _named(numbers)
+
+
+def _named(numbers: Mapping[str, int]) -> dict[str, str]:
+    count = max(numbers.values(), default=0) + 1
+    return {name: f"model-{number + 1:05}-of-{count:05}.safetensors" for name, number in numbers.items()}
 
 
 def _output_file(file: str, inside: list[TensorSpec]) -> OutputFile:

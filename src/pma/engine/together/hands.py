@@ -1,0 +1,147 @@
+"""What a process of several writes its blocks with: files that all write into, or files of its own that it
+sends to a store.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from pma.engine.lease import LEASE_FILE, Lease
+from pma.engine.plan import Plan
+from pma.engine.staging import built_at, make_private, private_folder
+from pma.engine.stream import Digests
+from pma.engine.together.places import stamp_of
+from pma.errors import UsageError
+from pma.formats.contracts import PartWriter
+from pma.formats.folder_writer import FolderPart, FolderWriter
+from pma.remote import Entry, RemotePath
+
+# files that are sent at once; the driver sends parts of a large one at once, too
+_AT_ONCE = 4
+
+
+class Hand(PartWriter, Protocol):
+    """A `PartWriter` that tells which chunks are safe.
+
+    `sent`: of files in a store that are, what they were when they arrived.
+    """
+
+    sent: dict[str, str]
+
+    def settle(self, new: Digests) -> Digests:
+        """These were written since this was called last; returns those that became safe."""
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether all that was written is safe."""
+
+
+class FolderHand:
+    """A hand on files that others write too: safe is what is synced. `check`: see `FolderPart`."""
+
+    def __init__(self, folder: Path, check: Callable[[], object]) -> None:
+        self._part = FolderPart(folder, opened=check)
+        self.sent: dict[str, str] = {}
+        self.is_settled = True
+
+    def write(self, file: str, offset_bytes: int, values: memoryview) -> None:
+        self._part.write(file, offset_bytes, values)
+
+    def sync(self) -> None:
+        self._part.sync()
+
+    def close(self) -> None:
+        self._part.close()
+
+    def settle(self, new: Digests) -> Digests:
+        if new:
+            self.sync()
+        return new
+
+
+class SendingHand:
+    """A hand on whole files of its own, in a local folder that nobody else has: a file is sent when its last
+    block is written, and then removed here. Safe is what arrived. `check` is called before a file is sent,
+    and may refuse it.
+    """
+
+    def __init__(
+        self, plan: Plan, numbers: Iterable[int], out: RemotePath, local: Path, check: Callable[[], object]
+    ) -> None:
+        self._out, self._local, self._check = out, local, check
+        self.sent: dict[str, str] = {}
+        self._made: dict[str, Digests] = {}
+        self._arriving: dict[str, Future[Entry]] = {}
+        local.mkdir(parents=True)
+        self._lease = Lease(local, out)
+        _remove_left_over(local, out)
+        self._chunks = Counter(plan.blocks.file_of(number) for number in numbers)
+        mine = tuple(file for file in plan.layout.files if file.name in self._chunks)
+        self._part = FolderPart(local)
+        self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="pma-send")
+        try:
+            FolderWriter(local).create(replace(plan.layout, files=mine))
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, file: str, offset_bytes: int, values: memoryview) -> None:
+        self._part.write(file, offset_bytes, values)
+
+    def sync(self) -> None:
+        """Nothing has to last here."""
+
+    def settle(self, new: Digests) -> Digests:
+        for (file, number), digest in new.items():
+            made = self._made.setdefault(file, {})
+            made[file, number] = digest
+            if len(made) == self._chunks[file]:
+                self._arriving[file] = self._pool.submit(self._send, file)
+        safe: Digests = {}
+        for file in [file for file, arriving in self._arriving.items() if arriving.done()]:
+            self.sent[file] = stamp_of(self._arriving.pop(file).result())
+            (self._local / file).unlink()
+            safe |= self._made.pop(file)
+        return safe
+
+    def _send(self, file: str) -> Entry:
+        self._check()
+        return self._out.store.send(self._local / file, (self._out / file).place)
+
+    @property
+    def is_settled(self) -> bool:
+        return not self._made
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._part.close()
+        shutil.rmtree(self._local, ignore_errors=True)
+        self._lease.release()
+        with suppress(OSError):  # another process has files there
+            self._local.parent.rmdir()
+
+
+def local_folder(out: RemotePath, name: str, staging: Path | None) -> Path:
+    """Where a process builds the files that it sends, if `name` is its alone."""
+    if staging is None:
+        make_private(private_folder())
+    built = built_at(out, staging)
+    return built.parent / f"{built.name}-parts" / name
+
+
+def _remove_left_over(local: Path, out: RemotePath) -> None:
+    """What processes that were killed left of the same output, on this machine."""
+    for folder in local.parent.iterdir():
+        if folder == local or not (folder / LEASE_FILE).is_file():
+            continue
+        with suppress(UsageError, FileNotFoundError):  # it lives, or another removes it
+            lease = Lease(folder, out)
+            shutil.rmtree(folder, ignore_errors=True)
+            lease.release()

@@ -1,0 +1,94 @@
+"""Rank 0's part where several processes make an output in a store."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from pma.engine import provenance
+from pma.engine.building import SAVE_SECONDS, kept_up
+from pma.engine.commit import Count, How, refuse_inside_run
+from pma.engine.plan import Plan
+from pma.engine.stopping import StopFlag
+from pma.engine.together.crew import Crew
+from pma.engine.together.driver import Driver, check_all_there
+from pma.engine.together.in_store import StoreAttempt, as_begun, refuse_in_store, store_attempt
+from pma.engine.together.part import Place, Working
+from pma.engine.together.places import is_made, marker_at
+from pma.remote import RemotePath
+
+
+def begun_as(plan: Plan, out: Path, crew: Crew, how: How) -> Plan:
+    """`plan` in as many files as an output in a store has or was begun with, else as there are processes."""
+    if not isinstance(out, RemotePath):
+        return plan
+    if is_made(out):
+        return plan.resharded(len(provenance.load(out)["outputs"]))
+    fresh = how.get("fresh", False)
+    files, begun = len(plan.layout.files), as_begun(plan, out, fresh=fresh)
+    if fresh or not marker_at(out):
+        begun = plan.resharded(crew.size)
+    tell = how.get("tell")
+    if crew.leads and tell is not None and files < crew.size:
+        tell(_files_text(files, len(begun.layout.files), crew.size))
+    return begun
+
+
+def _files_text(files: int, written: int, processes: int) -> str:
+    few = f"{files} output files are fewer than {processes} processes, and in a store each has one writer: "
+    if written == files:
+        return few + "some processes will have nothing to do"
+    return few + f"re-sharded into {written}"
+
+
+def led_to_store(plan: Plan, out: RemotePath, crew: Crew, how: How) -> dict[str, Any]:
+    """Rank 0: meet the others, send files as they do, complete the output. Returns what it took."""
+    refuse_in_store(plan, out, fresh=how.get("fresh", False))
+    refuse_inside_run(plan, out, inside_run=how.get("inside_run", False))
+    count, waiting = Count(how.get("progress")), StopFlag()
+    save_seconds = how.get("save_seconds", SAVE_SECONDS)
+    names = [str(rank) for rank in range(1, crew.size)]
+    driver = Driver(plan, names, crew, progress=count.add, tell=how.get("tell"))
+    with closing(driver), driver.telling(), _begun(plan, out, driver, how) as held:
+        resumed, streaming = held.bytes_done, time.monotonic()
+        if resumed:
+            count.add(0, resumed)
+        parts = plan.partition(crew.size, whole_files=True, done=held.digests)
+        driver.hand_out(parts)
+        place = Place(out, held.token, silent_seconds=crew.silent_seconds)
+        with kept_up([held, driver], waiting, save_seconds), closing(place):
+            with closing(Working(plan, place, "0", crew.name)) as working:
+                made = working.carry_out(
+                    parts[0],
+                    progress=count.add,
+                    save_seconds=save_seconds,
+                    staging=how.get("staging"),
+                    called_off=waiting,
+                )
+                held.hear(made, working.sent)
+            driver.await_parts(waiting)
+            check_all_there(held.digests, plan, out)
+            held.complete(hash_sources=how.get("hash_sources", False))
+        held.finish()
+    seconds = time.monotonic() - streaming
+    written = plan.bytes_to_write - resumed
+    return {"resumed": resumed, "read": count.read, "written": written, "stream_seconds": seconds}
+
+
+@contextmanager
+def _begun(plan: Plan, out: RemotePath, driver: Driver, how: How) -> Iterator[StoreAttempt]:
+    with store_attempt(plan, out, break_lock=how.get("break_lock", False)) as held:
+        try:
+            driver.meet(held)
+        except BaseException:
+            held.give_up_before()
+            raise
+        held.begin(fresh=how.get("fresh", False))
+        if held.digests:
+            driver.record(held.digests, held.sent)
+        held.forget_others()
+        with driver.telling():  # before what is told of goes
+            yield held

@@ -1,0 +1,257 @@
+"""One output in a store by several processes: each sends files of its own, the record comes last, and any
+number of processes goes on. Ranks are threads here, but for torchrun and a real S3 server at the end.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pma import engine, formats, trajectory
+from pma.engine import Crew, MergeOptions
+from pma.engine.together import in_store
+from pma.errors import Interrupted, MismatchError, NonfiniteError, StorageError, UsageError
+from pma.formats.contracts import UNFINISHED_FILE
+from pma.remote import Store, location
+from pma.testing import tiny_run
+from pma.testing.reference import read_all
+
+if TYPE_CHECKING:
+    from .conftest import Bucket
+
+SHAPES = {"a": (7_000,), "b": (61, 53), "c": (5_003,), "d": (30_000,), "e": (), "f": (9_999,)}
+URL = "memory://out"
+Outcome = engine.Merge | BaseException
+
+
+@pytest.fixture
+def run(tmp_path: Path, memory: Any, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    monkeypatch.setattr("pma.remote.retrying._FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr("pma.engine.journal._BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(in_store, "_WATCH_SECONDS", 2.0)
+    return tiny_run(tmp_path / "run", steps=3, shapes=SHAPES, shards=3)
+
+
+def together(
+    paths: list[Path],
+    size: int,
+    *,
+    ranks: list[int] | None = None,
+    paths_of: dict[int, list[Path]] | None = None,
+    **how: Any,
+) -> list[Outcome]:
+    """What each rank's write returned or raised; only `ranks` of `size` are started."""
+
+    def one(rank: int) -> Outcome:
+        points = trajectory.from_checkpoints((paths_of or {}).get(rank, paths)).points
+        waits = {"join_seconds": how.get("join_seconds", 60), "silent_seconds": 60}
+        crew = Crew(rank=rank, size=size, node=f"node{rank}", **waits)
+        options = {"save_seconds": 0.05, "staging": staging(paths), **how}
+        options.pop("join_seconds", None)
+        with engine.plan(points, MergeOptions(threads=1)) as planned:
+            try:
+                return engine.write(planned, location(URL), crew=crew, **options)
+            except BaseException as error:
+                return error
+
+    started = ranks or list(range(size))
+    with ThreadPoolExecutor(len(started)) as pool:
+        return list(pool.map(one, started))
+
+
+def staging(paths: list[Path]) -> Path:
+    return paths[0].parents[1] / "staging"
+
+
+def alone(paths: list[Path], out: Path) -> engine.Merge:
+    with engine.plan(trajectory.from_checkpoints(paths).points) as planned:
+        return engine.write(planned, out, staging=staging(paths))
+
+
+def there(memory: Any) -> dict[str, bytes]:
+    """Names and contents of what lies in the output's place."""
+    memory.invalidate_cache()
+    return {found.removeprefix("/out/"): memory.cat_file(found) for found in memory.find("/out")}
+
+
+def is_finished(run: list[Path], memory: Any) -> bool:
+    """Nothing is left behind, and every block is what the sources give."""
+    left = [name for name in there(memory) if name.startswith(".")]
+    staged = list(staging(run).iterdir()) if staging(run).exists() else []
+    return not left and not staged and engine.verify(location(URL), samples=None).findings == ()
+
+
+@pytest.fixture
+def sending(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], None]], None]:
+    """Calls back with the place of each weight file before it is sent."""
+    send = Store.send
+
+    def install(before: Callable[[str], None]) -> None:
+        def watched(self: Store, file: Path, place: str) -> Any:
+            before(place)
+            return send(self, file, place)
+
+        monkeypatch.setattr(Store, "send", watched)
+
+    return install
+
+
+def fail(place: str) -> None:
+    if "00002-of" in place:
+        deadline = time.monotonic() + 20
+        while not any("-00001-of" in sent for sent in _journaled()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        raise StorageError(f"{place}: sending failed")
+
+
+def _journaled() -> list[str]:
+    """Files that some rank's journal tells of."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    words = [file.getvalue() for name, file in list(MemoryFileSystem.store.items()) if ".pma-part-" in name]
+    return [line for text in words for line in text.decode().splitlines() if '"sent"' in line]
+
+
+def test_what_several_send_is_what_one_writes(run: list[Path], memory: Any, tmp_path: Path) -> None:
+    done = together(run, 3)
+    assert all(isinstance(one, engine.Merge) for one in done), done
+    alone(run, tmp_path / "one")
+    here = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    assert there(memory).keys() == here.keys()
+    assert {n: d for n, d in there(memory).items() if n != "pma.json"} == {
+        n: d for n, d in here.items() if n != "pma.json"
+    }
+    record, single = (json.loads(found["pma.json"]) for found in (there(memory), here))
+    assert {**record, "made_at": 0} == {**single, "made_at": 0}
+    assert is_finished(run, memory)
+    with engine.plan(trajectory.from_checkpoints(run).points) as planned:
+        assert sum(one.bytes_written for one in done[1:]) < planned.bytes_to_write
+        assert done[0].bytes_read == planned.bytes_to_read
+    again = together(run, 2)
+    assert all(one.bytes_resumed == done[0].bytes_written for one in again), again
+
+
+def test_fewer_files_than_processes_are_resharded(run: list[Path], memory: Any, tmp_path: Path) -> None:
+    said: list[str] = []
+    done = together(run, 5, tell=said.append)
+    assert all(isinstance(one, engine.Merge) for one in done), done
+    assert [line for line in said if "re-sharded into 5" in line], said
+    alone(run, tmp_path / "one")
+    assert read_all(location(URL)) == read_all(tmp_path / "one")
+    assert is_finished(run, memory)
+
+
+def test_goes_on_with_any_number_of_processes(
+    run: list[Path], memory: Any, sending: Callable[[Callable[[str], None]], None]
+) -> None:
+    sending(fail)
+    failed = together(run, 3)
+    assert isinstance(failed[0], StorageError)
+    assert "is sent: the same command goes on" in str(failed[0])
+    assert {type(one) for one in failed} <= {StorageError, Interrupted}
+    assert "pma.json" not in there(memory)
+    assert formats.read_meta(location(URL)).incomplete is not None
+    sent: list[str] = []
+    sending(sent.append)
+    done = together(run, 2)
+    assert all(isinstance(one, engine.Merge) for one in done), done
+    assert done[0].bytes_resumed > 0
+    assert not any("00001-of" in place for place in sent)
+    assert is_finished(run, memory)
+
+
+def test_one_process_goes_on_with_what_several_began(
+    run: list[Path], memory: Any, sending: Callable[[Callable[[str], None]], None]
+) -> None:
+    sending(fail)
+    together(run, 5)  # re-sharded
+    sending(lambda place: None)
+    alone(run, location(URL))
+    assert len([name for name in there(memory) if name.endswith(".safetensors")]) == 5
+    assert is_finished(run, memory)
+
+
+def test_another_merge_is_refused_and_fresh_forgets_it(
+    run: list[Path], memory: Any, sending: Callable[[Callable[[str], None]], None]
+) -> None:
+    sending(fail)
+    together(run, 3)
+    sending(lambda place: None)
+    before = there(memory)
+    other = together(run[1:], 2, join_seconds=2)
+    assert "its sources or options were not the same" in str(other[0])
+    assert there(memory) == before
+    done = together(run[1:], 2, fresh=True)
+    assert all(isinstance(one, engine.Merge) for one in done), done
+    assert done[0].bytes_resumed == 0
+    assert is_finished(run, memory)
+
+
+def test_a_second_driver_is_refused_while_the_first_goes_on(
+    run: list[Path], memory: Any, sending: Callable[[Callable[[str], None]], None]
+) -> None:
+    refused: list[Outcome] = []
+
+    def before(place: str) -> None:
+        if not refused and "00001-of" in place:
+            refused.append(UsageError("only once"))
+            refused.extend(together(run, 2, ranks=[0]))
+
+    sending(before)
+    done = together(run, 2)
+    assert "is being written by process" in str(refused[-1])
+    assert all(isinstance(one, engine.Merge) for one in done), done
+    assert is_finished(run, memory)
+
+
+def test_another_view_or_a_bad_value_leaves_nothing(run: list[Path], memory: Any) -> None:
+    done = together(run, 2, paths_of={1: run[:2]})
+    assert all(isinstance(one, MismatchError) for one in done), done
+    assert f"rank 1 on node1 does not use {run[2]}" in str(done[0])
+    assert there(memory) == {}
+    path = run[0] / "model-00003-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:-2] + b"\xc0\x7f")
+    done = together(run, 2)
+    assert isinstance(done[0], NonfiniteError), done
+    assert there(memory) == {}
+    assert "leave it out" in str(together(run, 2, sha256=True)[0])
+
+
+def test_a_killed_driver_is_taken_over(run: list[Path], memory: Any) -> None:
+    """Its marker and words are there and nothing beats; ours are those of another machine."""
+    holder = {"token": "ab" * 16, "host": "elsewhere", "pid": 1, "files": 3, "sent_to": URL}
+    memory.pipe_file(f"/out/{UNFINISHED_FILE}", json.dumps(holder).encode())
+    memory.pipe_file(f"/out/.pma-driver-{'ab' * 8}", b"")
+    started = time.monotonic()
+    done = together(run, 2)
+    assert time.monotonic() - started > in_store._WATCH_SECONDS
+    assert all(isinstance(one, engine.Merge) for one in done), done
+    assert is_finished(run, memory)
+
+
+def test_torchrun_to_s3(bucket: "Bucket", tmp_path: Path) -> None:
+    """Three processes, two files, one server: the same tensors as one process here."""
+    tiny_run(tmp_path / "run", steps=3, shapes=SHAPES, shards=2)
+    merge = ("merge", str(tmp_path / "run"), "--last", "3", "--json", "-o", f"{bucket.url}/out")
+    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3")
+    done = subprocess.run(
+        [*launch, "-m", "pma", *merge],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["bytes_written"] > 0
+    assert "re-sharded into 3" in done.stderr
+    assert len([name for name in bucket.files("out") if name.endswith(".safetensors")]) == 3
+    assert not [name for name in bucket.files("out") if name.startswith(".")]
+    assert engine.verify(location(f"{bucket.url}/out"), samples=None).findings == ()
