@@ -166,9 +166,6 @@ def test_a_roofline_is_of_one_process(run: Path, tmp_path: Path, monkeypatch: py
         pma("eval", run)
     )
     assert pma("plan", run, "--last", 3).exit_code == 0
-    store = ("merge", run, "--last", 3, "-o", "memory://bucket/out")
-    monkeypatch.setenv("RANK", "0")
-    assert "lies in a store" in error_of(pma(*store))
 
 
 # ---- bad input: a clear paragraph, the right status, nothing lost, nothing that looks complete ----
