@@ -220,6 +220,7 @@ def test_the_command(run: Path, quadratic_text: Path, tmp_path: Path) -> None:
         (("--anneal", "cosine", "--tokens", 9), "--tokens 9 is less than a step of 100 tokens"),
         (("--anneal", "cosine", "--steps", 9, "--from", 990), "starts at step 990, of which there is no"),
         (("--anneal", "cosine", "--steps", 9, "--from", 100), "5 checkpoints at the constant rate"),
+        (("--anneal", "cosine", "--steps", 9, "--from", 100, "--probe"), "5 checkpoints at the constant"),
         (("--anneal", "cosine", "--steps", 9, "--calibration", "x"), "--calibration x: no such file"),
         (("--anneal", "cosine", "--steps", 9, "--curve", "c.csv"), "--curve: for forecasts from logs"),
         (

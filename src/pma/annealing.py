@@ -92,12 +92,11 @@ def tokens_a_step(found: Trajectory) -> float | None:
 
 def evidence(points: Sequence[TrajectoryPoint], from_step: int, bench: Bench) -> tuple[Probe, ...]:
     """The losses of the merges, and raw checkpoints, that tell a decay from `from_step`."""
-    by_step = {point.step: point for point in points if point.step is not None}
-    windows = probe_windows(list(by_step), from_step)
-    evaluations = evaluated([[by_step[step] for step in window] for window in windows], bench)
+    windows = windows_of(points, from_step)
+    evaluations = evaluated(windows, bench)
     return tuple(
         Probe(
-            steps=window,
+            steps=tuple(point.step or 0 for point in window),
             weights=(1 / len(window),) * len(window),
             loss=evaluation.loss.value,
             # all are compared with the raw checkpoint where the decay starts, the first of them
@@ -105,6 +104,14 @@ def evidence(points: Sequence[TrajectoryPoint], from_step: int, bench: Bench) ->
         )
         for window, evaluation in zip(windows, evaluations, strict=True)
     )
+
+
+def windows_of(points: Sequence[TrajectoryPoint], from_step: int) -> list[list[TrajectoryPoint]]:
+    """The checkpoints of each model that tells a decay from `from_step`. Raises InputError as
+    `probe_windows` does.
+    """
+    by_step = {point.step: point for point in points if point.step is not None}
+    return [[by_step[step] for step in window] for window in probe_windows(list(by_step), from_step)]
 
 
 def evaluated(windows: Sequence[Sequence[TrajectoryPoint]], bench: Bench) -> list[Evaluation]:

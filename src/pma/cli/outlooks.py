@@ -114,9 +114,8 @@ def _probe(points: Sequence[TrajectoryPoint], from_step: int, decay: Decay) -> P
     from pma import annealing
     from pma.cli.training import training_bar
 
-    point = next((point for point in points if point.step == from_step), None)
-    if point is None:
-        raise UsageError(f"--from {from_step}: the run has no checkpoint of that step at its constant rate")
+    annealing.windows_of(points, from_step)  # refuses before anything is trained
+    point = next(point for point in points if point.step == from_step)
     steps = annealing.probe_steps(from_step, decay)
     note(f"probe: a {decay.shape} decay of {steps} steps from step {from_step}")
     with training_bar("probe") as bar:

@@ -201,7 +201,7 @@ def calibrate(cases: Sequence[Case], *, name: str, what: str) -> Calibration:
         other, constants = _best(cases, promised, ~own)
         left[own] = _misses(cases, promised[other], constants)[own]
     of_run, of_fork, of_decay = components(cases, left)
-    shown = [promise(_spread(c.probes, c.from_step, alpha, DRAWS), c.shares_T) for c in cases]
+    shown = [promise(spread_at(c.probes, c.from_step, alpha, DRAWS), c.shares_T) for c in cases]
     return Calibration(
         name=name,
         what=what,
@@ -220,15 +220,19 @@ def calibrate(cases: Sequence[Case], *, name: str, what: str) -> Calibration:
 
 
 @cache
-def _spread(probes: tuple[Probe, ...], from_step: int, alpha: float, draws: int) -> Spread:
-    """Runs are forecast at several exponents and left out in several ways; each spread is found once."""
-    return spread_of(probes, from_step, alphas=(alpha,), draws=draws)
+def spread_at(
+    probes: tuple[Probe, ...], from_step: int, alpha: float, draws: int = DRAWS, seed: int = 0
+) -> Spread:
+    """`spread_of` with a given exponent, found once: a run is forecast for several decays, with several
+    exponents, and with several groups left out.
+    """
+    return spread_of(probes, from_step, alphas=(alpha,), draws=draws, seed=seed)
 
 
 def _promises(cases: Sequence[Case]) -> dict[float, list[Promise]]:
     """By exponent."""
     return {
-        alpha: [promise(_spread(c.probes, c.from_step, alpha, 0), c.shares_T) for c in cases]
+        alpha: [promise(spread_at(c.probes, c.from_step, alpha, 0), c.shares_T) for c in cases]
         for alpha in _ALPHAS
     }
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pma.forecast.calibration import Calibration, Case, Decay, Promise, promise
+from pma.forecast.calibration import Calibration, Case, Decay, Promise, promise, spread_at
 from pma.forecast.forecasting import LEVELS
-from pma.forecast.probes import Probe, spread_of
+from pma.forecast.probes import Probe
 
 _BEYOND = 1.02
 
@@ -63,7 +63,7 @@ def outlook(
     """
     from scipy import stats
 
-    spread = spread_of(probes, from_step, alphas=(calibration.alpha,), seed=seed)
+    spread = spread_at(tuple(probes), from_step, calibration.alpha, seed=seed)
     made = promise(spread, decay.shares)
     shift, own = _from_known(calibration, from_step, known)
     widened = _beyond(calibration, made, decay)
@@ -112,7 +112,7 @@ def _from_known(calibration: Calibration, from_step: int, known: Sequence[Case])
 
 def _miss(calibration: Calibration, case: Case) -> float:
     """Forecast less truth of a known decay, as a share of its gain."""
-    spread = spread_of(case.probes, case.from_step, alphas=(calibration.alpha,), draws=0)
+    spread = spread_at(case.probes, case.from_step, calibration.alpha, draws=0)
     made = promise(spread, case.shares_T)
     return (calibration.corrected(made) - case.loss) / max(made.gain, 1e-9)
 
