@@ -240,4 +240,7 @@ def _draw(out: Path, made: RunOutlook) -> None:
         if each.told
     ]
     chart = outlook_chart([*models, *known], expected)
-    write_forecast_chart(chart, out, f"Expected loss after the decay: {made.asked.loss:.4f}")
+    lead = f"Expected loss after the decay: {made.asked.loss:.4f} (95%: {_range(made.asked.intervals[0.95])})"
+    write_forecast_chart(
+        chart, out, lead if made.asked.told else "These merges do not tell what the decay gives"
+    )

@@ -11,6 +11,7 @@ from pma.reporting.charts import COLOURS, finished, require_altair
 _MORE = ("#3b6fb6", "#a04ea0", "#b8a03a", "#50a5a5", "#c25b5b", "#777777", "#8a5a3c", "#d48fb4")
 _PANEL_WIDTH, _PANEL_HEIGHT = 230, 190
 _BARS_WIDTH = 400
+_SQUARE = 250
 
 
 def panels(
@@ -113,6 +114,26 @@ def bars(rows: Sequence[Mapping[str, Any]], *, y: str, groups: Sequence[str], mo
             drawn.append((shown + reach).properties(width=_BARS_WIDTH, height=_PANEL_HEIGHT, title=title))
         made.append(alt.hconcat(*drawn))
     return finished(alt.vconcat(*made))
+
+
+def agreement(points: Sequence[Mapping[str, Any]], *, x: str, y: str) -> Any:
+    """A square panel for each `panel` of the points, in a row: what was predicted against what was measured,
+    coloured by `model`; on the line they are equal. `points`: panel, x, y, model.
+    """
+    alt = require_altair()
+    values = [p[axis] for p in points for axis in ("x", "y")] or [0.0, 1.0]
+    ends = [min(values), max(values)]
+    scale, axis = alt.Scale(domain=ends, nice=True), alt.Axis(format=".2f", tickCount=6)
+    across, up = alt.X("x:Q", title=x, scale=scale, axis=axis), alt.Y("y:Q", title=y, scale=scale, axis=axis)
+    colour = colours(alt, list(dict.fromkeys(p["model"] for p in points)))
+    line = alt.Chart(alt.Data(values=[{"x": end, "y": end} for end in ends]))
+    equal = line.mark_line(color="#999999", strokeWidth=1).encode(x=across, y=up)
+    drawn = []
+    for panel in dict.fromkeys(p["panel"] for p in points):
+        mine = alt.Chart(alt.Data(values=[p for p in points if p["panel"] == panel]))
+        shown = mine.mark_point(filled=True, size=40, opacity=0.8).encode(x=across, y=up, color=colour)
+        drawn.append((equal + shown).properties(width=_SQUARE, height=_SQUARE, title=panel))
+    return finished(alt.hconcat(*drawn))
 
 
 def colours(alt: Any, models: Sequence[str]) -> Any:

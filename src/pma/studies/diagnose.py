@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pma.reporting.charts import finished, require_altair
 from pma.studies import charts, diagnose_judging, tuning
 from pma.studies.cases import loss_characters, measured
 from pma.studies.diagnose_judging import DIAGNOSIS, GROUPINGS
@@ -22,7 +21,6 @@ __all__ = ["VERSION", "draw", "run", "tell"]
 VERSION = 1
 CONSTANT, DECAY = "constant rate", "decay"
 LAST = "last"
-_PANEL = 330
 _End = tuple[int, tuple[tuple[int, int], ...]]  # step, and windows (N, V) that end there
 # shares of the run at which windows end, and windows there: N checkpoints, V of their distances apart
 _ENDS = (
@@ -162,23 +160,9 @@ def draw(results: dict[str, Any]) -> Any:
     """Measured gain over predicted gain, each predicted by constants of runs at other rates; on the line they
     are equal.
     """
-    alt = require_altair()
     predicted = results["predicted"][DIAGNOSIS][GROUPINGS[-1]]
     points = [
-        {"stage": row["stage"], "x": x, "y": row["gain"], "model": f"{row['architecture']}, {row['size']}"}
+        {"panel": row["stage"], "x": x, "y": row["gain"], "model": f"{row['architecture']}, {row['size']}"}
         for row, x in zip(results["rows"], predicted, strict=True)
     ]
-    ends = [min(min(p["x"], p["y"]) for p in points), max(max(p["x"], p["y"]) for p in points)]
-    scale = alt.Scale(domain=ends, nice=True)
-    axis = alt.Axis(format=".2f", tickCount=6)
-    colour = charts.colours(alt, list(dict.fromkeys(p["model"] for p in points)))
-    x = alt.X("x:Q", title="predicted gain over last, nats", scale=scale, axis=axis)
-    y = alt.Y("y:Q", title="measured gain over last, nats", scale=scale, axis=axis)
-    line = alt.Chart(alt.Data(values=[{"x": end, "y": end} for end in ends]))
-    drawn = []
-    for stage in dict.fromkeys(p["stage"] for p in points):
-        mine = alt.Chart(alt.Data(values=[p for p in points if p["stage"] == stage]))
-        shown = mine.mark_point(filled=True, size=40, opacity=0.8).encode(x=x, y=y, color=colour)
-        equal = line.mark_line(color="#999999", strokeWidth=1).encode(x=x, y=y)
-        drawn.append((equal + shown).properties(width=_PANEL, height=_PANEL, title=stage))
-    return finished(alt.hconcat(*drawn))
+    return charts.agreement(points, x="predicted gain over last, nats", y="measured gain over last, nats")

@@ -172,25 +172,14 @@ def _calibration(taught: Sequence[Known]) -> dict[str, Any] | None:
 
 
 def draw(results: dict[str, Any]) -> Any:
-    """Forecast error over the length of the run, by size: of merges, and of two simple rules."""
-    points = []
-    shown = {"forecast from merges": results["merges"][GROUP]}
-    for i, case in enumerate(results["cases"]):
-        for name, rows in shown.items():
-            if rows[i] is not None:
-                points.append(_point(case, rows[i]["loss"], name))
-        for name in (MERGE_OFFSET, LAST_GAIN):
-            loss = results["rules"][name][i]
-            if loss is not None:
-                points.append(_point(case, loss, name))
-    return charts.panels(points, x="step the decay starts from", lines=False)
-
-
-def _point(case: dict[str, Any], loss: float, name: str) -> dict[str, Any]:
-    return {
-        "panel": case["size"],
-        "metric": f"forecast − loss after {case['steps']} steps (nats)",
-        "x": case["from_step"],
-        "y": loss - case["loss"],
-        "model": name,
-    }
+    """The loss after each decay over what was forecast: from merges, and by three rules."""
+    forecasts = {"merges, size and rate left out": results["merges"][GROUP]}
+    forecasts |= {name: results["rules"].get(name, []) for name in (MERGE_OFFSET, LAST_GAIN, LAW)}
+    points = [
+        {"panel": name, "x": row["loss"] if isinstance(row, dict) else row, "y": case["loss"]}
+        | {"model": case["size"]}
+        for name, rows in forecasts.items()
+        for row, case in zip(rows, results["cases"], strict=True)
+        if row is not None
+    ]
+    return charts.agreement(points, x="forecast, nats a token", y="loss after the decay, nats a token")
