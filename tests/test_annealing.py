@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from pma.errors import InputError
 from pma.evaluation.evaluate import Evaluation
 from pma.evaluation.measures import TEXT, Measure
 from pma.forecast.calibration import Calibration, Decay
+from pma.pretraining import load_recipe, run_folder
+from pma.pretraining.run_folder import RunRecord
 from pma.results import Store
 from pma.testing.builders import write_trainer_state
 from pma.trajectory import resolve
@@ -237,3 +240,27 @@ def test_requests_that_cannot_be_met(
     assert shown.exit_code != 0
     assert said in " ".join(shown.stderr.split())
     assert "Traceback" not in shown.stderr
+
+
+def test_a_probe_of_a_run_of_ours_ends_at_a_checkpoint(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, asked = tmp_path / "ours", []
+    recipe = load_recipe("nano-dense")
+    every = recipe.steps_for(recipe.run.checkpoint_every_tokens)
+    run_folder.enter(ours, RunRecord(recipe=recipe, text=()))
+    shutil.copytree(run, ours, dirs_exist_ok=True)
+    monkeypatch.setattr(annealing, "fork", lambda *arguments, **how: asked.append((arguments, how)))
+    points, _ = annealing.constant_points(resolve([ours]))
+    out = annealing.run_probe(points[-1], Decay(shape="linear", steps=200))
+    ((checkpoint, folder), how) = asked[0]
+    assert (checkpoint, folder) == (ours / "checkpoint-1200", out)
+    steps = how["tokens"] // recipe.tokens_a_step
+    assert how["anneal"] == "linear"
+    assert steps % every == 0
+    assert 0 <= steps - annealing.probe_steps(1_200, Decay(shape="linear", steps=200)) < every
+    assert out == ours / ".pma" / "probes" / f"linear-1200-{steps}"
+    assert (
+        annealing.run_probe(annealing.constant_points(resolve([run]))[0][-1], Decay(shape="linear", steps=9))
+        is None
+    )
