@@ -19,7 +19,7 @@ from pma import engine
 from pma.cli import app
 from pma.engine import MergeOptions
 from pma.errors import UsageError
-from pma.testing.distributed import torchrun
+from pma.testing.distributed import in_ranks
 
 from .models import FAMILIES, TOKENS, assert_same_logits, source, template
 from .trainers import (
@@ -91,7 +91,7 @@ def test_a_run_of_sharded_checkpoints(tmp_path: Path) -> None:
     folder = tmp_path / "dump" / "checkpoint"
     for step, ranks, model in zip((10, 20, 30), (2, 2, 3), models, strict=True):
         tensors = source(tmp_path / f"plain-{step}", model) / "model.safetensors"
-        torchrun(FIXTURES / "save_sharded.py", ranks, tensors, folder / f"step-{step}", step)
+        in_ranks(FIXTURES / "save_sharded.py", ranks, tensors, folder / f"step-{step}", step)
     like = template(tmp_path / "like", "qwen3_moe", sizes, weights=False)
     pma("merge", folder, "--last", 3, "--like", like, "--out", tmp_path / "merged")
     assert_same_logits(logits_of(tmp_path / "merged"), titan_logits(mean(models), sizes, TOKENS))

@@ -17,7 +17,7 @@ from pma.pretraining import corpus, load_recipe
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The nano recipes cut to 60 steps of 512 tokens, and a tenth of the default text."""
+    """The nano recipes cut to 60 steps of 512 tokens, a thirtieth of the default text, few cloze items."""
 
     def shortened(name: str):
         recipe = load_recipe(name)
@@ -27,10 +27,11 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = corpus.standard_library
 
     def little() -> list[Document]:
-        return [Document(name=d.name, text=d.text[:3000], group=d.group) for d in whole()[::3]]
+        return [Document(name=d.name, text=d.text[:1000], group=d.group) for d in whole()[::3]]
 
     monkeypatch.setattr(story, "load_recipe", shortened)
     monkeypatch.setattr(corpus, "standard_library", little)
+    monkeypatch.setattr(story, "_CLOZE_ITEMS", 20)
 
 
 class Watched:

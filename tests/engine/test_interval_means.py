@@ -22,7 +22,7 @@ from pma.formats.interval_mean import IntervalMean
 from pma.quantities import Steps
 from pma.testing import random_raw, reference_average, store_mean, tiny_llama_run, tiny_run
 from pma.testing.builders import Raw, write_safetensors
-from pma.testing.distributed import load_dcp, torchrun
+from pma.testing.distributed import in_ranks, load_dcp
 from pma.testing.reference import read_all, same_bytes
 from pma.trajectory import Window
 from pma.types import DType
@@ -218,7 +218,7 @@ def test_shards_written_by_two_processes_merge_like_files(tmp_path: Path) -> Non
         weights = {name: (tensor + 1).bfloat16() for name, tensor in mean.items()}
         states[step] = {"weights": weights, "mean": mean, "record": record}
     torch.save(states, tmp_path / "states.pt")
-    torchrun(FIXTURES / "save_means.py", 2, tmp_path / "states.pt", tmp_path / "run")
+    in_ranks(FIXTURES / "save_means.py", 2, tmp_path / "states.pt", tmp_path / "run")
     window = Window(last=3)
     assert described(tmp_path / "run", window)["interval_means"]["averaged"] == ["masters"]
     out = merged(tmp_path / "run", tmp_path / "out", window)

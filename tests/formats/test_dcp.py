@@ -25,7 +25,7 @@ from pma.formats.contracts import CheckpointReader, requests_for
 from pma.testing import Raw, ReaderContract, WriterContract, random_raw
 from pma.testing.builders import _torch_tensor
 from pma.testing.contracts import SAMPLE, read_whole
-from pma.testing.distributed import as_float64, flattened, load_dcp, tensor_bytes, torchrun
+from pma.testing.distributed import as_float64, flattened, in_ranks, load_dcp, tensor_bytes
 from pma.types import DType, Layout, Role, TensorSpec
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -61,7 +61,7 @@ class TestOneRank(ReaderContract):
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     torch.save({raw.spec.name: _torch_tensor(raw) for raw in ODD}, folder / "tensors.pt")
-    torchrun(FIXTURES / "save_sharded.py", request.param, folder / "tensors.pt", folder / "saved")
+    in_ranks(FIXTURES / "save_sharded.py", request.param, folder / "tensors.pt", folder / "saved")
     return folder / "saved"
 
 
@@ -124,9 +124,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One training run, saved at steps 2 and 4 by two ranks, and at step 6 by four."""
     folder = tmp_path_factory.mktemp("runs")
     script = FIXTURES / "train_distributed.py"
-    torchrun(script, 2, "--profile", *PROFILES, "safetensors", "--out", folder, "--steps", 2, 4)
-    torchrun(script, 4, "--profile", *PROFILES, "--out", folder, "--steps", 6)
-    torchrun(script, 2, "--profile", "plain", "--out", folder / "columns", "--steps", 8, "--tensor-parallel")
+    in_ranks(script, 2, "--profile", *PROFILES, "safetensors", "--out", folder, "--steps", 2, 4)
+    in_ranks(script, 4, "--profile", *PROFILES, "--out", folder, "--steps", 6)
+    in_ranks(script, 2, "--profile", "plain", "--out", folder / "columns", "--steps", 8, "--tensor-parallel")
     return folder
 
 
@@ -237,7 +237,7 @@ def resumed(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
         wanted.append(f"{name}={merged(sources, folder / name, with_optimizer=name != 'plain')}")
     sources = [runs / f"safetensors/step_{step}" for step in (2, 4)]
     wanted.append(f"safetensors={merged(sources, folder / 'safetensors')}")
-    torchrun(FIXTURES / "resume_distributed.py", 3, folder / "told.json", *wanted)
+    in_ranks(FIXTURES / "resume_distributed.py", 3, folder / "told.json", *wanted)
     found: dict[str, Any] = json.loads((folder / "told.json").read_text())
     return found
 

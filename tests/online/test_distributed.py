@@ -11,7 +11,7 @@ from pma.averaging.power_ema import gamma_from_sigma, power_profile
 from pma.errors import MismatchError
 from pma.formats import interval_mean
 from pma.online import Recorder, reconstructed
-from pma.testing.distributed import load_dcp, torchrun
+from pma.testing.distributed import in_ranks, load_dcp
 
 from .fixtures.record_distributed import STEPS, net
 from .models import sequential_mean
@@ -25,7 +25,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     nothing is communicated by an update.
     """
     out = tmp_path_factory.mktemp("recorded")
-    torchrun(PROGRAM, 2, out)
+    in_ranks(PROGRAM, 2, out)
     return out
 
 

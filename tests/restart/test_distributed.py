@@ -14,7 +14,7 @@ import torch
 
 from pma import verbs
 from pma.errors import InputError, UsageError
-from pma.testing.distributed import flattened, load_dcp, torchrun
+from pma.testing.distributed import flattened, in_ranks, load_dcp
 from pma.trajectory import Window
 from pma.verbs import Choice
 
@@ -30,11 +30,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     profiles = ("torchtitan", "accelerate", "plain")
     script = FIXTURES / "train_distributed.py"
-    torchrun(script, 2, "--profile", *profiles, "--out", folder, "--steps", 2, 4, 6, 7)
+    in_ranks(script, 2, "--profile", *profiles, "--out", folder, "--steps", 2, 4, 6, 7)
     outs = [init(folder / "torchtitan/checkpoint", folder / mode, mode).path for mode in MODES]
     one = init(folder / "torchtitan/checkpoint", folder / "one", "newest", last=1).path
     (folder / "told").mkdir()
-    torchrun(Path(__file__).parent / "fixtures" / "resume_titan.py", 2, folder / "told", *outs, one)
+    in_ranks(Path(__file__).parent / "fixtures" / "resume_titan.py", 2, folder / "told", *outs, one)
     return folder
 
 

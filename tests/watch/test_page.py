@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pma.errors import UsageError
+from pma.watch import page_file
 from pma.watch.alone import alone_in
 from pma.watch.page_file import PageFile
 from pma.watch.serving import served
@@ -28,7 +29,10 @@ def dots(page: Browser) -> list[int]:
 
 
 @needs_chromium
-def test_the_curve_gains_a_point_when_a_checkpoint_lands(tmp_path: Path) -> None:
+def test_the_curve_gains_a_point_when_a_checkpoint_lands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_file, "_RELOAD_SECONDS", 1)
     run = tmp_path / "run"
     land(run, 10, 4.0), land(run, 20, 3.0)
     watch = watching(run, page=PageFile(run))

@@ -30,6 +30,7 @@ Say = Callable[[str], None]
 MARKER_FILE = "demo.json"
 _CURVE_POINTS = 8
 _CURVE_CHARACTERS = 2_500
+_CLOZE_ITEMS = 400
 
 
 def run_demo(folder: Path, *, mixture_of_experts: bool, say: Say, bar: TrainingBar) -> dict[str, Any]:
@@ -89,7 +90,10 @@ def _evaluations(demo: Demo, annealed: Path, documents: Sequence[Document]) -> d
         "raw later": Choice(paths=(demo.checkpoint(demo.last_step),)),
         "sma later": demo.window(demo.last_step),
     }
-    return {name: _evaluated(demo, name, choice, documents, cloze=400) for name, choice in candidates.items()}
+    return {
+        name: _evaluated(demo, name, choice, documents, cloze=_CLOZE_ITEMS)
+        for name, choice in candidates.items()
+    }
 
 
 def _evaluated(

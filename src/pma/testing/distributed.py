@@ -1,4 +1,4 @@
-"""Distributed checkpoints made and read by torch itself: programs under torchrun on CPU, and its loader."""
+"""Distributed checkpoints made and read by torch itself: programs in several ranks on CPU, and its loader."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 
-def torchrun(script: Path, ranks: int, *arguments: object) -> None:
-    """Run `script` in so many processes on CPU. Raises AssertionError with its output if it fails."""
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={ranks}", str(script), *map(str, arguments)]
+def in_ranks(script: Path, ranks: int, *arguments: object) -> None:
+    """Run `script` in so many processes on CPU, as torchrun would. Raises AssertionError with its output if
+    it fails.
+    """
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("ranks.py")), str(ranks)]
+    command += [str(script), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
