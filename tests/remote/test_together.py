@@ -3,14 +3,11 @@ number of processes goes on. Ranks are threads here, but for torchrun and a real
 """
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -22,9 +19,6 @@ from pma.formats.contracts import UNFINISHED_FILE
 from pma.remote import Store, location
 from pma.testing import tiny_run
 from pma.testing.reference import read_all
-
-if TYPE_CHECKING:
-    from .conftest import Bucket
 
 SHAPES = {"a": (7_000,), "b": (61, 53), "c": (5_003,), "d": (30_000,), "e": (), "f": (9_999,)}
 URL = "memory://out"
@@ -234,24 +228,3 @@ def test_a_killed_driver_is_taken_over(run: list[Path], memory: Any) -> None:
     assert time.monotonic() - started > in_store._WATCH_SECONDS
     assert all(isinstance(one, engine.Merge) for one in done), done
     assert is_finished(run, memory)
-
-
-def test_torchrun_to_s3(bucket: "Bucket", tmp_path: Path) -> None:
-    """Three processes, two files, one server: the same tensors as one process here."""
-    tiny_run(tmp_path / "run", steps=3, shapes=SHAPES, shards=2)
-    merge = ("merge", str(tmp_path / "run"), "--last", "3", "--json", "-o", f"{bucket.url}/out")
-    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3")
-    done = subprocess.run(
-        [*launch, "-m", "pma", *merge],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout)["bytes_written"] > 0
-    assert "re-sharded into 3" in done.stderr
-    assert len([name for name in bucket.files("out") if name.endswith(".safetensors")]) == 3
-    assert not [name for name in bucket.files("out") if name.startswith(".")]
-    assert engine.verify(location(f"{bucket.url}/out"), samples=None).findings == ()

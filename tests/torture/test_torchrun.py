@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from pma import engine
+from pma.remote import location
 from pma.testing import tiny_run
+
+from ..remote.conftest import Bucket, bucket, started_server
+
+# fixtures
+__all__ = ["bucket", "started_server"]
 
 SHAPES = {"a": (5_000_000,), "b": (3_000_001,), "c": (4_900_000,)}  # seven chunks
 # a rank that dies in its part once, as by SIGKILL; what it wrote is in the journal by then
@@ -87,3 +93,14 @@ def test_a_killed_rank_is_started_again_by_torchrun(run: Path, tmp_path: Path) -
     assert json.loads(done.stdout.strip().splitlines()[-1])["bytes_resumed"] > 0
     assert engine.verify(tmp_path / "out", samples=None).findings == ()
     assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_three_processes_to_s3(bucket: Bucket, run: Path) -> None:
+    """Two files: the same tensors as one process here."""
+    done = torchrun(3, "-m", "pma", "merge", run, "--last", 3, "--json", "-o", f"{bucket.url}/out")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)["bytes_written"] > 0
+    assert "re-sharded into 3" in done.stderr
+    assert len([name for name in bucket.files("out") if name.endswith(".safetensors")]) == 3
+    assert not [name for name in bucket.files("out") if name.startswith(".")]
+    assert engine.verify(location(f"{bucket.url}/out"), samples=None).findings == ()
