@@ -17,7 +17,7 @@ from pma.engine import MergeOptions
 from pma.errors import FormatError, InputError
 from pma.formats import megatron
 from pma.testing.contracts import read_whole
-from pma.testing.distributed import as_float64, in_ranks, load_dcp
+from pma.testing.distributed import as_float64, load_dcp, torchrun
 from pma.types import Role
 
 FIXTURES = Path(__file__).parents[1] / "formats" / "fixtures"
@@ -34,7 +34,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("megatron") / "run"
-    in_ranks(FIXTURES / "save_megatron.py", 2, "--out", folder, "--steps", 10, 20, 30)
+    torchrun(FIXTURES / "save_megatron.py", 2, "--out", folder, "--steps", 10, 20, 30)
     return folder
 
 
@@ -42,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of megatron-core's own GPT and optimizer, two ranks of tensor parallelism."""
     folder = tmp_path_factory.mktemp("megatron-trained") / "run"
-    in_ranks(TRAINING, 2, "train", folder, 2, 4, 6)
+    torchrun(TRAINING, 2, "train", folder, 2, 4, 6)
     return folder
 
 
@@ -64,7 +64,7 @@ def test_the_run_is_found(run: Path) -> None:
 def test_megatron_loads_the_merge_on_four_ranks(run: Path, tmp_path: Path) -> None:
     out = merged([run / f"iter_{step:07}" for step in (10, 20, 30)], tmp_path / "out")
     assert (out / "latest_checkpointed_iteration.txt").read_text() == "30"
-    in_ranks(FIXTURES / "load_megatron.py", 4, out / "iter_0000030", 10, 20, 30)
+    torchrun(FIXTURES / "load_megatron.py", 4, out / "iter_0000030", 10, 20, 30)
 
 
 @pytest.mark.parametrize("with_optimizer", [False, True])
@@ -75,7 +75,7 @@ def test_megatron_trains_on_from_a_merge(
     """The loss is that of weights averaged in fp64, and a step of Megatron's own optimizer lowers it."""
     sources = [trained / f"iter_{step:07}" for step in (2, 4, 6)]
     out = merged(sources, tmp_path / "out", with_optimizer=with_optimizer)
-    in_ranks(TRAINING, ranks, "resume", tmp_path / "told.json", out / "iter_0000006", *sources)
+    torchrun(TRAINING, ranks, "resume", tmp_path / "told.json", out / "iter_0000006", *sources)
     every = json.loads((tmp_path / "told.json").read_text())
     assert len(every) == ranks
     for told in every:
@@ -123,7 +123,7 @@ def test_raw_optimizer_buffers_are_skipped_and_said_so(run: Path) -> None:
 
 def test_common_state_inside(run: Path, tmp_path: Path) -> None:
     """Newer versions keep the common state as an entry; made here from what 0.16.1 wrote beside."""
-    in_ranks(
+    torchrun(
         FIXTURES / "save_megatron.py", 2, "--out", tmp_path / "run", "--steps", 10, 20, "--common-inside"
     )
     sources = [tmp_path / f"run/iter_{step:07}" for step in (10, 20)]

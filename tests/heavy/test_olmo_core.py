@@ -12,7 +12,7 @@ import pytest
 from pma import engine, formats, trajectory, verbs
 from pma.engine import MergeOptions
 from pma.formats import dcp
-from pma.testing.distributed import as_float64, flattened, in_ranks, load_dcp
+from pma.testing.distributed import as_float64, flattened, load_dcp, torchrun
 from pma.trajectory import Window
 from pma.types import Role
 from pma.verbs import Choice
@@ -32,8 +32,8 @@ pytestmark = [
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("olmo")
     script = FIXTURES / "train_distributed.py"
-    in_ranks(script, 2, "--profile", "olmo", "--out", folder, "--steps", 2, 4)
-    in_ranks(script, 4, "--profile", "olmo", "--out", folder, "--steps", 6)
+    torchrun(script, 2, "--profile", "olmo", "--out", folder, "--steps", 2, 4)
+    torchrun(script, 4, "--profile", "olmo", "--out", folder, "--steps", 6)
     return folder / "olmo"
 
 
@@ -73,7 +73,7 @@ def test_olmo_core_loads_the_merge_and_trains(run: Path, tmp_path: Path, with_op
     out = merged([run / f"step{step}" for step in (4, 6)], tmp_path / "out", with_optimizer=with_optimizer)
     assert (out / ".metadata.json").is_file()
     assert (out / "train/rank0.pt").is_file() == with_optimizer
-    in_ranks(FIXTURES / "resume_olmo.py", 2, out, tmp_path / "losses.txt")
+    torchrun(FIXTURES / "resume_olmo.py", 2, out, tmp_path / "losses.txt")
     step, before, after = (tmp_path / "losses.txt").read_text().split()
     assert float(after) < float(before)
     assert step == ("6" if with_optimizer else "None")
@@ -102,7 +102,7 @@ def test_olmo_core_goes_on_from_what_init_wrote(run: Path, tmp_path: Path, mode:
     chosen = Choice(paths=(run,), window=Window(last=3))
     made = verbs.init(chosen, tmp_path / "out", optimizer=mode)
     assert made.resume_command == f'trainer.load_checkpoint("{tmp_path / "out"}")'
-    in_ranks(FIXTURES / "resume_olmo.py", 2, tmp_path / "out", tmp_path / "losses.txt")
+    torchrun(FIXTURES / "resume_olmo.py", 2, tmp_path / "out", tmp_path / "losses.txt")
     step, before, after = (tmp_path / "losses.txt").read_text().split()
     assert step == "6"
     assert float(after) < float(before)

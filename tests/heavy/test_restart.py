@@ -18,7 +18,7 @@ import torch
 from pma import formats, trajectory, verbs
 from pma.errors import UsageError
 from pma.formats.deepspeed_layout import moment_name
-from pma.testing.distributed import flattened, in_ranks, load_dcp
+from pma.testing.distributed import flattened, load_dcp, torchrun
 from pma.trajectory import Window
 from pma.verbs import Choice
 
@@ -204,7 +204,7 @@ def megatron(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if find_spec("megatron") is None:
         pytest.skip("megatron-core is not installed")
     folder = tmp_path_factory.mktemp("megatron") / "run"
-    in_ranks(FIXTURES / "save_megatron.py", 2, "--out", folder, "--steps", 10, 20, 30, 40)
+    torchrun(FIXTURES / "save_megatron.py", 2, "--out", folder, "--steps", 10, 20, 30, 40)
     return folder
 
 
@@ -214,7 +214,7 @@ def test_megatron_loads_everything_on_four_ranks(megatron: Path, tmp_path: Path,
     assert f"--load {tmp_path / 'out'}" in made.resume_command
     assert (tmp_path / "out" / "latest_checkpointed_iteration.txt").read_text() == "30"
     program = Path(__file__).with_name("megatron_state.py")
-    in_ranks(program, 4, tmp_path / "out" / "iter_0000030", mode, 10, 20, 30)
+    torchrun(program, 4, tmp_path / "out" / "iter_0000030", mode, 10, 20, 30)
 
 
 def test_megatrons_count_of_steps_cannot_be_reset(megatron: Path, tmp_path: Path) -> None:
@@ -239,9 +239,9 @@ def titan(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("torchtitan is not installed")
     folder = tmp_path_factory.mktemp("titan")
     program = Path(__file__).with_name("titan_run.py")
-    in_ranks(program, 2, folder, folder / "run")
+    torchrun(program, 2, folder, folder / "run")
     outs = [init(folder / "run" / "checkpoint", folder / mode, mode, before=7).path for mode in MODES]
-    in_ranks(program, 2, folder, folder / "resumed", *outs)
+    torchrun(program, 2, folder, folder / "resumed", *outs)
     return folder
 
 

@@ -11,12 +11,18 @@ from pathlib import Path
 from typing import Any
 
 
+def torchrun(script: Path, ranks: int, *arguments: object) -> None:
+    """Run `script` in so many processes on CPU. Raises AssertionError with its output if it fails."""
+    _run(["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"], script, arguments)
+
+
 def in_ranks(script: Path, ranks: int, *arguments: object) -> None:
-    """Run `script` in so many processes on CPU, as torchrun would. Raises AssertionError with its output if
-    it fails.
-    """
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("ranks.py")), str(ranks)]
-    command += [str(script), *map(str, arguments)]
+    """The same, sooner: for scripts whose imports start no threads, as the ranks are forked after them."""
+    _run([str(Path(__file__).with_name("ranks.py")), str(ranks)], script, arguments)
+
+
+def _run(launcher: list[str], script: Path, arguments: tuple[object, ...]) -> None:
+    command = [sys.executable, "-W", "ignore", *launcher, str(script), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]

@@ -2,7 +2,8 @@
 
 python ranks.py RANKS SCRIPT ARGUMENT…
 
-Each rank of torchrun imports torch anew, which takes longer than what most of our programs do then.
+Each rank of torchrun imports torch anew, which takes longer than what most of our programs do then. Imports
+that start threads (Megatron's) do not go with that: a fork has none of them, and waits for ever.
 """
 
 from __future__ import annotations
