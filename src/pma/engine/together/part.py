@@ -29,12 +29,12 @@ _TOKEN_CHARACTERS = 8
 _KEPT = "what this process finished is kept, and the same command goes on with it"
 
 
-def pauses(longest: float = 1.0) -> Iterator[float]:
-    """Seconds between looks: short at first, as most waits are."""
-    pause = 0.02
+def pauses(longest: float = 1.0, *, shortest: float = 0.005) -> Iterator[float]:
+    """Seconds between looks: short at first, as most waits are, and about a fifth of the wait so far."""
+    pause = shortest
     while True:
         yield pause
-        pause = min(1.5 * pause, longest)
+        pause = max(min(1.25 * pause, longest), shortest)
 
 
 class Place:
