@@ -2,6 +2,7 @@
 number of processes goes on. Ranks are threads here, but for torchrun and a real S3 server at the end.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -95,6 +96,28 @@ def sending(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], None]]
         monkeypatch.setattr(Store, "send", watched)
 
     return install
+
+
+@pytest.fixture
+def reading(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the weight files that were read from the store."""
+    read, found = Store.read, []
+
+    def watched(self: Store, place: str, *where: Any) -> bytes:
+        if place.endswith(".safetensors"):
+            found.append(Path(place).name)
+        return read(self, place, *where)
+
+    monkeypatch.setattr(Store, "read", watched)
+    return found
+
+
+def check_sha256(memory: Any) -> list[str]:
+    """Names of the files whose SHA-256 is in the record; all are right."""
+    files = there(memory)
+    told = {output["name"]: output["sha256"] for output in json.loads(files["pma.json"])["outputs"]}
+    assert told == {name: hashlib.sha256(files[name]).hexdigest() for name in told}
+    return list(told)
 
 
 def fail(place: str) -> None:
@@ -215,7 +238,42 @@ def test_another_view_or_a_bad_value_leaves_nothing(run: list[Path], memory: Any
     done = together(run, 2)
     assert isinstance(done[0], NonfiniteError), done
     assert there(memory) == {}
-    assert "leave it out" in str(together(run, 2, sha256=True)[0])
+
+
+def test_each_takes_the_sha256_of_what_it_sends(run: list[Path], memory: Any, reading: list[str]) -> None:
+    done = together(run, 3, sha256=True)
+    assert all(isinstance(one, engine.Merge) for one in done), done
+    assert reading == []
+    assert len(check_sha256(memory)) == 3
+    assert is_finished(run, memory)
+
+
+def test_files_that_were_sent_without_a_sha256_are_read_again(
+    run: list[Path], memory: Any, sending: Callable[[Callable[[str], None]], None], reading: list[str]
+) -> None:
+    sending(fail)
+    together(run, 3)
+    sending(lambda place: None)
+    done = together(run, 2, sha256=True)
+    assert all(isinstance(one, engine.Merge) for one in done), done
+    assert done[0].bytes_resumed > 0
+    # the third may or may not have arrived before
+    assert "model-00001-of-00003.safetensors" in reading
+    assert "model-00002-of-00003.safetensors" not in reading
+    check_sha256(memory)
+    assert is_finished(run, memory)
+
+
+def test_a_sha256_outlives_who_took_it(
+    run: list[Path], memory: Any, sending: Callable[[Callable[[str], None]], None], reading: list[str]
+) -> None:
+    sending(fail)
+    together(run, 3, sha256=True)
+    sending(lambda place: None)
+    done = together(run, 2, sha256=True)
+    assert done[0].bytes_resumed > 0
+    assert reading == []
+    check_sha256(memory)
 
 
 def test_a_killed_driver_is_taken_over(run: list[Path], memory: Any) -> None:

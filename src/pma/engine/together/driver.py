@@ -17,7 +17,7 @@ from pma.engine.stopping import StopFlag
 from pma.engine.stream import Digests, Progress
 from pma.engine.together.crew import Crew
 from pma.engine.together.part import pauses
-from pma.engine.together.places import Words, look_anew, speak
+from pma.engine.together.places import Arrived, Words, look_anew, speak
 from pma.engine.together.views import view
 from pma.engine.together.words import failure_in, said_by, tell_failure
 from pma.errors import Interrupted, StorageError
@@ -37,7 +37,7 @@ class Held(Protocol):
     @property
     def token(self) -> str: ...
     def show_life(self) -> None: ...
-    def hear(self, digests: Digests, sent: Mapping[str, str]) -> None: ...
+    def hear(self, digests: Digests, sent: Mapping[str, Arrived]) -> None: ...
     def bytes_of(self, chunks: Iterable[tuple[str, int]]) -> int: ...
 
 
@@ -143,7 +143,7 @@ class Driver:
             what = "the end" if gone else f"no sign for {silent:.0f} s"
             raise Interrupted(f"{what} of {who}; its process or node is gone")
 
-    def record(self, chunks: Digests, sent: Mapping[str, str]) -> None:
+    def record(self, chunks: Digests, sent: Mapping[str, Arrived]) -> None:
         """Say that these chunks were done before, in files that were sent to a store."""
         assert self._journal is not None
         self._journal.add(chunks, sent=dict(sent))

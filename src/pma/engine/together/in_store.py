@@ -17,7 +17,7 @@ from pma.engine.journal import Followed, journals_of_others
 from pma.engine.lease import is_gone, this_process
 from pma.engine.plan import Plan
 from pma.engine.stream import Digests
-from pma.engine.together.places import driver_at, look_anew, marker_at, stamp_of
+from pma.engine.together.places import Arrived, driver_at, look_anew, marker_at, stamp_of
 from pma.errors import (
     IncompleteError,
     Interrupted,
@@ -44,7 +44,7 @@ class StoreAttempt:
         self.plan, self.out, self.folder = plan, out, out
         self.token = secrets.token_hex(16)
         self.digests: Digests = {}
-        self.sent: dict[str, str] = {}
+        self.sent: dict[str, Arrived] = {}
         if not break_lock:
             _refuse_live(out)
         self._earlier = marker_at(out)
@@ -69,7 +69,7 @@ class StoreAttempt:
             told = journal.heading or {}
             if heading in (told.get("plan"), told.get("view", {}).get("plan")):
                 self.hear(chunks, journal.said.get("sent", {}))
-        self.sent = {name: stamp for name, stamp in self.sent.items() if self._is_there(name, stamp)}
+        self.sent = {name: arrived for name, arrived in self.sent.items() if self._is_there(name)}
         self.digests = {chunk: digest for chunk, digest in self.digests.items() if chunk[0] in self.sent}
         self._mark(plan=heading)
         self._left_over = others
@@ -79,11 +79,12 @@ class StoreAttempt:
         for path in self._left_over:
             self.out.store.remove(path.place)
 
-    def _is_there(self, name: str, stamp: str) -> bool:
+    def _is_there(self, name: str) -> bool:
+        """Whether a file is still what was sent."""
         folder, _, last = name.rpartition("/")
         place = (self.out / folder if folder else self.out).place
         found = self.out.store.listing(place).get(last)
-        return found is not None and stamp_of(found) == stamp
+        return found is not None and stamp_of(found) == self.sent[name]["stamp"]
 
     @property
     def bytes_done(self) -> int:
@@ -95,7 +96,7 @@ class StoreAttempt:
         sizes = {file.name: file.size_bytes for file in self.plan.layout.files}
         return sum(min(CHUNK_BYTES, sizes[file] - number * CHUNK_BYTES) for file, number in chunks)
 
-    def hear(self, digests: Digests, sent: Mapping[str, str]) -> None:
+    def hear(self, digests: Digests, sent: Mapping[str, Arrived]) -> None:
         """Some process sent these files."""
         self.digests |= digests
         self.sent |= sent
@@ -108,23 +109,30 @@ class StoreAttempt:
         if driver_at(self.out)[0].get("token") != self.token:
             raise UsageError(f"another process took over {self.out}; this one stops")
 
-    def complete(self, *, hash_sources: bool = False) -> None:
-        """Every file is there: send what belongs beside them, but for the record."""
+    def complete(self, *, sha256: bool = False, hash_sources: bool = False) -> None:
+        """Every file is there: send what belongs beside them, but for the record. `sha256`: where those who
+        sent the files did not take them, they are read again.
+        """
         plan = self.plan
         provenance.check_unchanged(plan)
         self.save()
         for file in plan.layout.files:
-            if not self._is_there(file.name, self.sent[file.name]):
+            if not self._is_there(file.name):
                 raise StorageError(
                     f"{self.out / file.name} was changed after it was sent, by another process"
                 )
         beside = plan.options.like or plan.sources[-1].point.folder
         origins = {name: str((beside / name).resolve()) for name in plan.side_files}
-        self._record = provenance.record(plan, self.digests, origins)
+        self._record = provenance.record(
+            plan, self.digests, origins, sha256_of=self._sha256_of if sha256 else None
+        )
         if hash_sources:
             provenance.add_source_digests(self._record)
         for name, data in {**plan.side_files, **plan.layout.records}.items():
             self.out.store.send_bytes(data, (self.out / name).place)
+
+    def _sha256_of(self, name: str) -> str:
+        return self.sent[name].get("sha256") or provenance.sha256(self.out, name)
 
     def finish(self) -> None:
         """Send the record, which completes the output, and remove what led there. Nobody speaks any more."""

@@ -20,6 +20,9 @@ from pma.formats.contracts import UNFINISHED_FILE
 from pma.formats.strict_json import parse_object
 from pma.remote import Entry, RemotePath
 
+# what a file in a store was when it arrived: its "stamp", and its "sha256" where that was asked for
+Arrived = Mapping[str, str]
+
 _LARGEST_MARKER_BYTES = 2**16
 
 

@@ -42,10 +42,6 @@ def write(plan: Plan, out: Path, **how: Unpack[How]) -> Merge:
     if is_made(out) and is_written(begun, out):
         # a launcher started all anew for what came after
         return _merge(plan, out, started, resumed=plan.bytes_to_write)
-    if isinstance(out, RemotePath) and how.get("sha256"):
-        raise UsageError(
-            "--sha256 reads the output again, which in a store lies with each process; leave it out"
-        )
     from pma.engine.compute import load_kernels  # takes a while: a signal amid it may abort the process
 
     load_kernels(plan.blocks.averaged_types())
@@ -119,7 +115,11 @@ def _followed(plan: Plan, out: Path, crew: Crew, started: float, how: How) -> Me
                     tell(f"{crew.name}: nothing to do; {crew.size} processes are more than there is work for")
                 save_seconds = how.get("save_seconds", SAVE_SECONDS)
                 working.carry_out(
-                    part, progress=count.add, save_seconds=save_seconds, staging=how.get("staging")
+                    part,
+                    progress=count.add,
+                    save_seconds=save_seconds,
+                    staging=how.get("staging"),
+                    sha256=how.get("sha256", False),
                 )
             except BaseException as error:
                 raise working.failed(error) from error
