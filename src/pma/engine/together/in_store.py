@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pma.engine import provenance
 from pma.engine.attempt import errors_of_ours
 from pma.engine.blocks import CHUNK_BYTES
+from pma.engine.commit import is_written
 from pma.engine.journal import Followed, journals_of_others
 from pma.engine.lease import is_gone, this_process
 from pma.engine.plan import Plan
@@ -138,13 +139,7 @@ class StoreAttempt:
         """Send the record, which completes the output, and remove what led there. Nobody speaks any more."""
         record = self.out / provenance.RECORD_FILE
         self.out.store.send_bytes(provenance.encode(self._record), record.place)
-        self._remove_words()
-
-    def _remove_words(self) -> None:
-        look_anew(self.out)
-        for path in (*journals_of_others(self.out), self.out / UNFINISHED_FILE):
-            self.out.store.remove(path.place)
-        look_anew(self.out)
+        remove_words(self.out)
 
     def discard(self) -> None:
         """Remove everything, unless another took over: no later attempt could use it."""
@@ -154,20 +149,28 @@ class StoreAttempt:
         for file in self.plan.layout.files:
             if "/" in file.name or file.name in there:
                 self.out.store.remove((self.out / file.name).place)
-        self._remove_words()
+        remove_words(self.out)
 
     def give_up_before(self) -> None:
         """Nothing was begun: leave the marker as it was."""
         if self._earlier:
             self.release()
         else:
-            self._remove_words()
+            remove_words(self.out)
 
     def release(self) -> None:
         """Let go, so that the next attempt need not look whether we live."""
         marker = marker_at(self.out)
         if marker.get("token") == self.token:
             self._mark(plan=marker.get("plan"), released=True)
+
+
+def remove_words(out: RemotePath) -> None:
+    """Remove what led to an output: journals, and the marker last."""
+    look_anew(out)
+    for path in (*journals_of_others(out), out / UNFINISHED_FILE):
+        out.store.remove(path.place)
+    look_anew(out)
 
 
 @contextmanager
@@ -199,7 +202,8 @@ def refuse_in_store(plan: Plan, out: RemotePath, *, fresh: bool) -> None:
     inside = {path.name for path in out.iterdir()}
     if not inside and not out.is_file():
         return
-    if UNFINISHED_FILE not in inside or provenance.RECORD_FILE in inside:
+    # with both it is finished, and whoever finished it was killed before the marker went
+    if UNFINISHED_FILE not in inside or (provenance.RECORD_FILE in inside and not is_written(plan, out)):
         raise UsageError(f"{out} exists already and is not touched; choose another output or remove it first")
     earlier = marker_at(out).get("plan")
     if earlier not in (None, provenance.heading(plan)) and not fresh:

@@ -84,8 +84,7 @@ def is_made(out: Path) -> bool:
     if not isinstance(out, RemotePath):
         return os.path.lexists(out)
     look_anew(out)
-    there = out.store.listing(out.place)
-    return RECORD_FILE in there and UNFINISHED_FILE not in there
+    return RECORD_FILE in out.store.listing(out.place)
 
 
 def stamp_of(entry: Entry) -> str:
