@@ -143,7 +143,7 @@ def test_plan_for_several_nodes(run: Path) -> None:
     asked = ("plan", run, "--last", 3, "--nodes", 4, "--read", "1KB/s", "--write", "2GB/s")
     value = json.loads(pma(*asked, "--json").stdout)
     scaling = value["scaling"]
-    streaming = scaling["seconds"] - scaling["planning_seconds"]
+    streaming = scaling["seconds"] - scaling["planning_seconds"] - scaling["starting_seconds"]
     assert streaming == pytest.approx(value["bytes_to_read"] / 1000, abs=0.002)
     assert (scaling["bytes_to_read_per_node"], scaling["nodes_idle"]) == (value["bytes_to_read"], 3)
     shown = pma(*asked).stdout

@@ -1,5 +1,5 @@
 """One output by several processes: the same bits for any number of them, and nobody goes on alone when one
-fails. Ranks are threads here; real processes are started, and killed, in tests/cli and tests/torture.
+fails. Ranks are threads here; real processes are started, and killed, in tests/torture.
 """
 
 import errno

@@ -2,7 +2,10 @@
 number of processes goes on. Ranks are threads here, but for torchrun and a real S3 server at the end.
 """
 
+import hashlib
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +16,8 @@ import pytest
 
 from pma import engine, formats, trajectory
 from pma.engine import Crew, MergeOptions
+from pma.engine.lease import this_process
+from pma.engine.provenance import heading
 from pma.engine.together import in_store
 from pma.errors import Interrupted, MismatchError, NonfiniteError, StorageError, UsageError
 from pma.formats.contracts import UNFINISHED_FILE
@@ -95,6 +100,28 @@ def sending(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[str], None]]
         monkeypatch.setattr(Store, "send", watched)
 
     return install
+
+
+@pytest.fixture
+def reading(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the weight files that were read from the store."""
+    read, found = Store.read, []
+
+    def watched(self: Store, place: str, *where: Any) -> bytes:
+        if place.endswith(".safetensors"):
+            found.append(Path(place).name)
+        return read(self, place, *where)
+
+    monkeypatch.setattr(Store, "read", watched)
+    return found
+
+
+def check_sha256(memory: Any) -> list[str]:
+    """Names of the files whose SHA-256 is in the record; all are right."""
+    files = there(memory)
+    told = {output["name"]: output["sha256"] for output in json.loads(files["pma.json"])["outputs"]}
+    assert told == {name: hashlib.sha256(files[name]).hexdigest() for name in told}
+    return list(told)
 
 
 def fail(place: str) -> None:
@@ -188,6 +215,17 @@ def test_another_merge_is_refused_and_fresh_forgets_it(
     assert is_finished(run, memory)
 
 
+def test_more_processes_than_there_is_to_cut(run: list[Path], memory: Any) -> None:
+    """Six tensors are in six files at most."""
+    said: list[str] = []
+    done = together(run, 8, tell=said.append)
+    assert all(isinstance(one, engine.Merge) for one in done), done
+    assert "3 output files are fewer than 8 processes" in said[0]
+    idle = [one for one in done[1:] if one.bytes_written == 0]
+    assert len([line for line in said if "nothing to do; 8 processes" in line]) == len(idle) >= 2
+    assert is_finished(run, memory)
+
+
 def test_a_second_driver_is_refused_while_the_first_goes_on(
     run: list[Path], memory: Any, sending: Callable[[Callable[[str], None]], None]
 ) -> None:
@@ -215,7 +253,71 @@ def test_another_view_or_a_bad_value_leaves_nothing(run: list[Path], memory: Any
     done = together(run, 2)
     assert isinstance(done[0], NonfiniteError), done
     assert there(memory) == {}
-    assert "leave it out" in str(together(run, 2, sha256=True)[0])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_who_was_killed_after_the_record_left_a_finished_merge(
+    run: list[Path], memory: Any, size: int
+) -> None:
+    together(run, 3)
+    with engine.plan(trajectory.from_checkpoints(run).points) as planned:
+        holder = {"token": "ab" * 16, **ended_process(), "files": 3, "plan": heading(planned)}
+    memory.pipe_file(f"/out/{UNFINISHED_FILE}", json.dumps(holder).encode())
+    memory.pipe_file(f"/out/.pma-driver-{'ab' * 8}", b"")
+    before = there(memory)
+    for other in (together(run[1:], 2, ranks=[0]), together(run[1:], 2, ranks=[0], fresh=True)):
+        assert "exists already and is not touched" in str(other[0])
+    assert there(memory) == before
+    if size == 1:
+        alone(run, location(URL))
+    else:
+        done = together(run, size)
+        assert all(one.bytes_resumed and not one.bytes_written for one in done), done
+        assert {**there(memory), **before} == before
+    assert is_finished(run, memory)
+
+
+def ended_process() -> dict[str, str | int]:
+    """What a process of this machine that has ended said of itself."""
+    ended = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    ended.wait()
+    return {**this_process(), "pid": ended.pid}
+
+
+def test_each_takes_the_sha256_of_what_it_sends(run: list[Path], memory: Any, reading: list[str]) -> None:
+    done = together(run, 3, sha256=True)
+    assert all(isinstance(one, engine.Merge) for one in done), done
+    assert reading == []
+    assert len(check_sha256(memory)) == 3
+    assert is_finished(run, memory)
+
+
+def test_files_that_were_sent_without_a_sha256_are_read_again(
+    run: list[Path], memory: Any, sending: Callable[[Callable[[str], None]], None], reading: list[str]
+) -> None:
+    sending(fail)
+    together(run, 3)
+    sending(lambda place: None)
+    done = together(run, 2, sha256=True)
+    assert all(isinstance(one, engine.Merge) for one in done), done
+    assert done[0].bytes_resumed > 0
+    # the third may or may not have arrived before
+    assert "model-00001-of-00003.safetensors" in reading
+    assert "model-00002-of-00003.safetensors" not in reading
+    check_sha256(memory)
+    assert is_finished(run, memory)
+
+
+def test_a_sha256_outlives_who_took_it(
+    run: list[Path], memory: Any, sending: Callable[[Callable[[str], None]], None], reading: list[str]
+) -> None:
+    sending(fail)
+    together(run, 3, sha256=True)
+    sending(lambda place: None)
+    done = together(run, 2, sha256=True)
+    assert done[0].bytes_resumed > 0
+    assert reading == []
+    check_sha256(memory)
 
 
 def test_a_killed_driver_is_taken_over(run: list[Path], memory: Any) -> None:

@@ -156,7 +156,8 @@ def _show_scaling(scaling: dict[str, Any]) -> None:
     moved = [bytes_text(scaling[f"bytes_to_{what}_per_node"]) for what in ("read", "write")]
     say(
         f"{scaling['nodes']} nodes".ljust(12) + f"{scaling['seconds']:.3g} s where each reads {rates[0]} and "
-        f"writes {rates[1]}; planning is {scaling['planning_seconds']:.2g} s of that"
+        f"writes {rates[1]}; planning is {scaling['planning_seconds']:.2g} s of that, starting and meeting "
+        f"{scaling['starting_seconds']:.2g} s"
     )
     say(
         f"            each reads {moved[0]} and writes {moved[1]} at most, in "

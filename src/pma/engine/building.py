@@ -7,6 +7,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -102,7 +103,7 @@ class Building:
         """Of our lease: what other processes that work here know us by."""
         return self._lease.token
 
-    def hear(self, digests: Digests, sent: Mapping[str, str] | None = None) -> None:
+    def hear(self, digests: Digests, sent: Mapping[str, object] | None = None) -> None:
         """Others finished these chunks and journaled them here, where nothing needs to be sent."""
         self._heard |= digests
         self.output.digests |= digests
@@ -141,9 +142,8 @@ class Building:
         for name, data in plan.side_files.items():
             self._writer.write_bytes(name, data)
         origins = {name: str((beside / name).resolve()) for name in plan.side_files}
-        value = provenance.record(
-            plan, self.output.digests, origins, sha256_in=self.folder if sha256 else None
-        )
+        hashing = partial(provenance.sha256, self.folder) if sha256 else None
+        value = provenance.record(plan, self.output.digests, origins, sha256_of=hashing)
         if hash_sources:
             provenance.add_source_digests(value)
         self._writer.write_bytes(provenance.RECORD_FILE, provenance.encode(value))

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -32,10 +32,14 @@ _LARGEST_RECORD_BYTES = 512 * 2**20
 
 
 def record(
-    plan: Plan, digests: Digests, side_files: Mapping[str, str], *, sha256_in: Path | None = None
+    plan: Plan,
+    digests: Digests,
+    side_files: Mapping[str, str],
+    *,
+    sha256_of: Callable[[str], str] | None = None,
 ) -> dict[str, Any]:
     """The content of `pma.json` for an output. `side_files`: name -> where it was really read from.
-    `sha256_in`: the folder that the output lies in, to add digests of its files by reading them again.
+    `sha256_of` gives that of an output's file, to be added.
     """
     options = plan.options
     return {
@@ -69,7 +73,7 @@ def record(
         "excluded": list(plan.excluded),
         "left_out": [{"path": str(path), "reason": reason} for path, reason in plan.left_out],
         "small_files": _small_files(plan, side_files),
-        "outputs": [_output(plan, file.name, digests, sha256_in) for file in plan.layout.files],
+        "outputs": [_output(plan, file.name, digests, sha256_of) for file in plan.layout.files],
     }
 
 
@@ -108,7 +112,9 @@ def _absolute(path: Path) -> Path:
     return path.parent.resolve() / path.name if path.is_file() else path.resolve()
 
 
-def _output(plan: Plan, name: str, digests: Digests, sha256_of: Path | None) -> dict[str, Any]:
+def _output(
+    plan: Plan, name: str, digests: Digests, sha256_of: Callable[[str], str] | None
+) -> dict[str, Any]:
     chunks = [digest for (file, _), digest in sorted(digests.items()) if file == name]
     size_bytes = next(file.size_bytes for file in plan.layout.files if file.name == name)
     output = {
@@ -119,7 +125,7 @@ def _output(plan: Plan, name: str, digests: Digests, sha256_of: Path | None) -> 
         "blake3_chunks": chunks,
     }
     if sha256_of is not None:
-        output["sha256"] = sha256(sha256_of, name)
+        output["sha256"] = sha256_of(name)
     return output
 
 

@@ -17,10 +17,11 @@ from pma.engine.stopping import StopFlag
 from pma.engine.stream import Digests, Progress
 from pma.engine.together.crew import Crew
 from pma.engine.together.part import pauses
-from pma.engine.together.places import Words, look_anew, speak
+from pma.engine.together.places import Arrived, Words, look_anew, speak
 from pma.engine.together.views import view
 from pma.engine.together.words import failure_in, said_by, tell_failure
 from pma.errors import Interrupted, StorageError
+from pma.remote import RemotePath
 
 _TELL_SECONDS = 10.0
 # to look at a process's journal takes about a millisecond: a fifth of the time at most
@@ -36,7 +37,7 @@ class Held(Protocol):
     @property
     def token(self) -> str: ...
     def show_life(self) -> None: ...
-    def hear(self, digests: Digests, sent: Mapping[str, str]) -> None: ...
+    def hear(self, digests: Digests, sent: Mapping[str, Arrived]) -> None: ...
     def bytes_of(self, chunks: Iterable[tuple[str, int]]) -> int: ...
 
 
@@ -79,7 +80,7 @@ class Driver:
 
     def _wait_for_all(self) -> None:
         started = told_at = time.monotonic()
-        for pause in pauses(max(1.0, _LOOK_SECONDS * len(self._names))):
+        for pause in self._pauses(1.0):
             self._building.show_life()
             self.save()
             missing = [worker.name for worker in self._workers if not worker.journal.said.get("agrees")]
@@ -142,18 +143,22 @@ class Driver:
             what = "the end" if gone else f"no sign for {silent:.0f} s"
             raise Interrupted(f"{what} of {who}; its process or node is gone")
 
-    def record(self, chunks: Digests, sent: Mapping[str, str]) -> None:
+    def record(self, chunks: Digests, sent: Mapping[str, Arrived]) -> None:
         """Say that these chunks were done before, in files that were sent to a store."""
         assert self._journal is not None
         self._journal.add(chunks, sent=dict(sent))
 
     def await_parts(self, stop: StopFlag) -> None:
         """Return when every part is done, or at once where `stop` is set."""
-        for pause in pauses(max(0.5, _LOOK_SECONDS * len(self._names))):
+        # the end of the last part is the end of all: where a look costs no request, look often
+        for pause in self._pauses(0.5 if isinstance(self._building.folder, RemotePath) else 0.1):
             self.save()
             if stop.is_set() or all(worker.is_done for worker in self._workers):
                 return
             time.sleep(pause)
+
+    def _pauses(self, longest: float) -> Iterator[float]:
+        return pauses(longest, shortest=_LOOK_SECONDS * max(len(self._names), 1))
 
     @contextmanager
     def telling(self) -> Iterator[None]:

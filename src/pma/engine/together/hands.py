@@ -13,15 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from pma.engine import provenance
 from pma.engine.lease import LEASE_FILE, Lease
 from pma.engine.plan import Plan
 from pma.engine.staging import built_at, make_private, private_folder
 from pma.engine.stream import Digests
-from pma.engine.together.places import stamp_of
+from pma.engine.together.places import Arrived, stamp_of
 from pma.errors import UsageError
 from pma.formats.contracts import PartWriter
 from pma.formats.folder_writer import FolderPart, FolderWriter
-from pma.remote import Entry, RemotePath
+from pma.remote import RemotePath
 
 # files that are sent at once; the driver sends parts of a large one at once, too
 _AT_ONCE = 4
@@ -33,7 +34,7 @@ class Hand(PartWriter, Protocol):
     `sent`: of files in a store that are, what they were when they arrived.
     """
 
-    sent: dict[str, str]
+    sent: dict[str, Arrived]
 
     def settle(self, new: Digests) -> Digests:
         """These were written since this was called last; returns those that became safe."""
@@ -48,7 +49,7 @@ class FolderHand:
 
     def __init__(self, folder: Path, check: Callable[[], object]) -> None:
         self._part = FolderPart(folder, opened=check)
-        self.sent: dict[str, str] = {}
+        self.sent: dict[str, Arrived] = {}
         self.is_settled = True
 
     def write(self, file: str, offset_bytes: int, values: memoryview) -> None:
@@ -69,16 +70,23 @@ class FolderHand:
 class SendingHand:
     """A hand on whole files of its own, in a local folder that nobody else has: a file is sent when its last
     block is written, and then removed here. Safe is what arrived. `check` is called before a file is sent,
-    and may refuse it.
+    and may refuse it. `sha256`: take that of each file, by reading it before it is sent.
     """
 
     def __init__(
-        self, plan: Plan, numbers: Iterable[int], out: RemotePath, local: Path, check: Callable[[], object]
+        self,
+        plan: Plan,
+        numbers: Iterable[int],
+        out: RemotePath,
+        local: Path,
+        check: Callable[[], object],
+        *,
+        sha256: bool = False,
     ) -> None:
-        self._out, self._local, self._check = out, local, check
-        self.sent: dict[str, str] = {}
+        self._out, self._local, self._check, self._sha256 = out, local, check, sha256
+        self.sent: dict[str, Arrived] = {}
         self._made: dict[str, Digests] = {}
-        self._arriving: dict[str, Future[Entry]] = {}
+        self._arriving: dict[str, Future[Arrived]] = {}
         local.mkdir(parents=True)
         self._lease = Lease(local, out)
         _remove_left_over(local, out)
@@ -106,14 +114,16 @@ class SendingHand:
                 self._arriving[file] = self._pool.submit(self._send, file)
         safe: Digests = {}
         for file in [file for file, arriving in self._arriving.items() if arriving.done()]:
-            self.sent[file] = stamp_of(self._arriving.pop(file).result())
+            self.sent[file] = self._arriving.pop(file).result()
             (self._local / file).unlink()
             safe |= self._made.pop(file)
         return safe
 
-    def _send(self, file: str) -> Entry:
+    def _send(self, file: str) -> Arrived:
         self._check()
-        return self._out.store.send(self._local / file, (self._out / file).place)
+        digest = {"sha256": provenance.sha256(self._local, file)} if self._sha256 else {}
+        entry = self._out.store.send(self._local / file, (self._out / file).place)
+        return {"stamp": stamp_of(entry), **digest}
 
     @property
     def is_settled(self) -> bool:

@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from pma.engine import provenance
 from pma.engine.attempt import errors_of_ours
 from pma.engine.blocks import CHUNK_BYTES
+from pma.engine.commit import is_written
 from pma.engine.journal import Followed, journals_of_others
 from pma.engine.lease import is_gone, this_process
 from pma.engine.plan import Plan
 from pma.engine.stream import Digests
-from pma.engine.together.places import driver_at, look_anew, marker_at, stamp_of
+from pma.engine.together.places import Arrived, driver_at, look_anew, marker_at, stamp_of
 from pma.errors import (
     IncompleteError,
     Interrupted,
@@ -44,7 +45,7 @@ class StoreAttempt:
         self.plan, self.out, self.folder = plan, out, out
         self.token = secrets.token_hex(16)
         self.digests: Digests = {}
-        self.sent: dict[str, str] = {}
+        self.sent: dict[str, Arrived] = {}
         if not break_lock:
             _refuse_live(out)
         self._earlier = marker_at(out)
@@ -69,7 +70,7 @@ class StoreAttempt:
             told = journal.heading or {}
             if heading in (told.get("plan"), told.get("view", {}).get("plan")):
                 self.hear(chunks, journal.said.get("sent", {}))
-        self.sent = {name: stamp for name, stamp in self.sent.items() if self._is_there(name, stamp)}
+        self.sent = {name: arrived for name, arrived in self.sent.items() if self._is_there(name)}
         self.digests = {chunk: digest for chunk, digest in self.digests.items() if chunk[0] in self.sent}
         self._mark(plan=heading)
         self._left_over = others
@@ -79,11 +80,12 @@ class StoreAttempt:
         for path in self._left_over:
             self.out.store.remove(path.place)
 
-    def _is_there(self, name: str, stamp: str) -> bool:
+    def _is_there(self, name: str) -> bool:
+        """Whether a file is still what was sent."""
         folder, _, last = name.rpartition("/")
         place = (self.out / folder if folder else self.out).place
         found = self.out.store.listing(place).get(last)
-        return found is not None and stamp_of(found) == stamp
+        return found is not None and stamp_of(found) == self.sent[name]["stamp"]
 
     @property
     def bytes_done(self) -> int:
@@ -95,7 +97,7 @@ class StoreAttempt:
         sizes = {file.name: file.size_bytes for file in self.plan.layout.files}
         return sum(min(CHUNK_BYTES, sizes[file] - number * CHUNK_BYTES) for file, number in chunks)
 
-    def hear(self, digests: Digests, sent: Mapping[str, str]) -> None:
+    def hear(self, digests: Digests, sent: Mapping[str, Arrived]) -> None:
         """Some process sent these files."""
         self.digests |= digests
         self.sent |= sent
@@ -108,35 +110,36 @@ class StoreAttempt:
         if driver_at(self.out)[0].get("token") != self.token:
             raise UsageError(f"another process took over {self.out}; this one stops")
 
-    def complete(self, *, hash_sources: bool = False) -> None:
-        """Every file is there: send what belongs beside them, but for the record."""
+    def complete(self, *, sha256: bool = False, hash_sources: bool = False) -> None:
+        """Every file is there: send what belongs beside them, but for the record. `sha256`: where those who
+        sent the files did not take them, they are read again.
+        """
         plan = self.plan
         provenance.check_unchanged(plan)
         self.save()
         for file in plan.layout.files:
-            if not self._is_there(file.name, self.sent[file.name]):
+            if not self._is_there(file.name):
                 raise StorageError(
                     f"{self.out / file.name} was changed after it was sent, by another process"
                 )
         beside = plan.options.like or plan.sources[-1].point.folder
         origins = {name: str((beside / name).resolve()) for name in plan.side_files}
-        self._record = provenance.record(plan, self.digests, origins)
+        self._record = provenance.record(
+            plan, self.digests, origins, sha256_of=self._sha256_of if sha256 else None
+        )
         if hash_sources:
             provenance.add_source_digests(self._record)
         for name, data in {**plan.side_files, **plan.layout.records}.items():
             self.out.store.send_bytes(data, (self.out / name).place)
 
+    def _sha256_of(self, name: str) -> str:
+        return self.sent[name].get("sha256") or provenance.sha256(self.out, name)
+
     def finish(self) -> None:
         """Send the record, which completes the output, and remove what led there. Nobody speaks any more."""
         record = self.out / provenance.RECORD_FILE
         self.out.store.send_bytes(provenance.encode(self._record), record.place)
-        self._remove_words()
-
-    def _remove_words(self) -> None:
-        look_anew(self.out)
-        for path in (*journals_of_others(self.out), self.out / UNFINISHED_FILE):
-            self.out.store.remove(path.place)
-        look_anew(self.out)
+        remove_words(self.out)
 
     def discard(self) -> None:
         """Remove everything, unless another took over: no later attempt could use it."""
@@ -146,20 +149,28 @@ class StoreAttempt:
         for file in self.plan.layout.files:
             if "/" in file.name or file.name in there:
                 self.out.store.remove((self.out / file.name).place)
-        self._remove_words()
+        remove_words(self.out)
 
     def give_up_before(self) -> None:
         """Nothing was begun: leave the marker as it was."""
         if self._earlier:
             self.release()
         else:
-            self._remove_words()
+            remove_words(self.out)
 
     def release(self) -> None:
         """Let go, so that the next attempt need not look whether we live."""
         marker = marker_at(self.out)
         if marker.get("token") == self.token:
             self._mark(plan=marker.get("plan"), released=True)
+
+
+def remove_words(out: RemotePath) -> None:
+    """Remove what led to an output: journals, and the marker last."""
+    look_anew(out)
+    for path in (*journals_of_others(out), out / UNFINISHED_FILE):
+        out.store.remove(path.place)
+    look_anew(out)
 
 
 @contextmanager
@@ -191,7 +202,8 @@ def refuse_in_store(plan: Plan, out: RemotePath, *, fresh: bool) -> None:
     inside = {path.name for path in out.iterdir()}
     if not inside and not out.is_file():
         return
-    if UNFINISHED_FILE not in inside or provenance.RECORD_FILE in inside:
+    # with both it is finished, and whoever finished it was killed before the marker went
+    if UNFINISHED_FILE not in inside or (provenance.RECORD_FILE in inside and not is_written(plan, out)):
         raise UsageError(f"{out} exists already and is not touched; choose another output or remove it first")
     earlier = marker_at(out).get("plan")
     if earlier not in (None, provenance.heading(plan)) and not fresh:

@@ -18,7 +18,7 @@ from pma.engine.stopping import StopFlag
 from pma.engine.stream import Digests, Output, Progress, stream
 from pma.engine.together.crew import Crew
 from pma.engine.together.hands import FolderHand, Hand, SendingHand, local_folder
-from pma.engine.together.places import driver_at, is_made, look_anew, meeting_folder, speak
+from pma.engine.together.places import Arrived, driver_at, is_made, look_anew, meeting_folder, speak
 from pma.engine.together.views import difference, view
 from pma.engine.together.words import failure_in, said_by, tell_failure
 from pma.engine.work import work_of
@@ -29,12 +29,12 @@ _TOKEN_CHARACTERS = 8
 _KEPT = "what this process finished is kept, and the same command goes on with it"
 
 
-def pauses(longest: float = 1.0) -> Iterator[float]:
-    """Seconds between looks: short at first, as most waits are."""
-    pause = 0.02
+def pauses(longest: float = 1.0, *, shortest: float = 0.005) -> Iterator[float]:
+    """Seconds between looks: short at first, as most waits are, and about a fifth of the wait so far."""
+    pause = shortest
     while True:
         yield pause
-        pause = min(1.5 * pause, longest)
+        pause = max(min(1.25 * pause, longest), shortest)
 
 
 class Place:
@@ -141,13 +141,14 @@ class Working:
         progress: Progress | None = None,
         save_seconds: float = SAVE_SECONDS,
         staging: Path | None = None,
+        sha256: bool = False,
         called_off: StopFlag | None = None,
     ) -> Digests:
         """Make the blocks of a part and journal them; returns those that were made here. Raises Interrupted
-        where `called_off` was set meanwhile.
+        where `called_off` was set meanwhile. `sha256`: of each file that is sent to a store, too.
         """
         done = self._done_before()
-        self._hand = self._hand_for(part, staging)
+        self._hand = self._hand_for(part, staging, sha256=sha256)
         output = self._output = Output(part=self._hand, digests=dict(done))
         stop, self._called_off = StopFlag(), called_off or self._called_off
 
@@ -174,16 +175,16 @@ class Working:
         folder = self._place.folder
         return {} if isinstance(folder, RemotePath) else Followed(folder / JOURNAL_FILE).news()
 
-    def _hand_for(self, part: Part, staging: Path | None) -> Hand:
+    def _hand_for(self, part: Part, staging: Path | None, *, sha256: bool) -> Hand:
         place = self._place
         # what is opened, or sent, while the lease is the driver's is the driver's too, whatever comes after
         if not isinstance(place.out, RemotePath):
             return FolderHand(place.folder, place.check)
         local = local_folder(place.out, f"{place.token[:_TOKEN_CHARACTERS]}-{self._name}", staging)
-        return SendingHand(self.plan, part, place.out, local, place.check)
+        return SendingHand(self.plan, part, place.out, local, place.check, sha256=sha256)
 
     @property
-    def sent(self) -> Mapping[str, str]:
+    def sent(self) -> Mapping[str, Arrived]:
         """Files that were sent to a store, and what they were when they arrived."""
         return {} if self._hand is None else self._hand.sent
 

@@ -20,6 +20,9 @@ from pma.formats.contracts import UNFINISHED_FILE
 from pma.formats.strict_json import parse_object
 from pma.remote import Entry, RemotePath
 
+# what a file in a store was when it arrived: its "stamp", and its "sha256" where that was asked for
+Arrived = Mapping[str, str]
+
 _LARGEST_MARKER_BYTES = 2**16
 
 
@@ -81,8 +84,7 @@ def is_made(out: Path) -> bool:
     if not isinstance(out, RemotePath):
         return os.path.lexists(out)
     look_anew(out)
-    there = out.store.listing(out.place)
-    return RECORD_FILE in there and UNFINISHED_FILE not in there
+    return RECORD_FILE in out.store.listing(out.place)
 
 
 def stamp_of(entry: Entry) -> str:

@@ -66,12 +66,13 @@ def led_to_store(plan: Plan, out: RemotePath, crew: Crew, how: How) -> dict[str,
                     progress=count.add,
                     save_seconds=save_seconds,
                     staging=how.get("staging"),
+                    sha256=how.get("sha256", False),
                     called_off=waiting,
                 )
                 held.hear(made, working.sent)
             driver.await_parts(waiting)
             check_all_there(held.digests, plan, out)
-            held.complete(hash_sources=how.get("hash_sources", False))
+            held.complete(sha256=how.get("sha256", False), hash_sources=how.get("hash_sources", False))
         held.finish()
     seconds = time.monotonic() - streaming
     written = plan.bytes_to_write - resumed

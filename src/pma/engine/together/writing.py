@@ -17,6 +17,7 @@ from pma.engine.stopping import StopFlag
 from pma.engine.stream import stream
 from pma.engine.together.crew import Crew
 from pma.engine.together.driver import Driver, check_all_there
+from pma.engine.together.in_store import remove_words
 from pma.engine.together.part import Place, Working, pauses
 from pma.engine.together.places import driver_at, is_made, meeting_folder
 from pma.engine.together.to_store import begun_as, led_to_store
@@ -40,12 +41,10 @@ def write(plan: Plan, out: Path, **how: Unpack[How]) -> Merge:
     started = time.monotonic()
     begun = begun_as(plan, out, crew, how)
     if is_made(out) and is_written(begun, out):
-        # a launcher started all anew for what came after
+        # a launcher started all anew for what came after, or because the end was cut short
+        if crew.leads and isinstance(out, RemotePath):
+            remove_words(out)
         return _merge(plan, out, started, resumed=plan.bytes_to_write)
-    if isinstance(out, RemotePath) and how.get("sha256"):
-        raise UsageError(
-            "--sha256 reads the output again, which in a store lies with each process; leave it out"
-        )
     from pma.engine.compute import load_kernels  # takes a while: a signal amid it may abort the process
 
     load_kernels(plan.blocks.averaged_types())
@@ -119,7 +118,11 @@ def _followed(plan: Plan, out: Path, crew: Crew, started: float, how: How) -> Me
                     tell(f"{crew.name}: nothing to do; {crew.size} processes are more than there is work for")
                 save_seconds = how.get("save_seconds", SAVE_SECONDS)
                 working.carry_out(
-                    part, progress=count.add, save_seconds=save_seconds, staging=how.get("staging")
+                    part,
+                    progress=count.add,
+                    save_seconds=save_seconds,
+                    staging=how.get("staging"),
+                    sha256=how.get("sha256", False),
                 )
             except BaseException as error:
                 raise working.failed(error) from error
