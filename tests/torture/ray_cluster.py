@@ -100,6 +100,14 @@ def workers(name: str = "carry_out_part") -> list[int]:
     return found
 
 
+def workers_end(seconds: float = 15) -> bool:
+    """Whether nobody carries out a part any more, within some seconds: Ray ends processes after their job."""
+    deadline = time.monotonic() + seconds
+    while workers() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not workers()
+
+
 def kill(pid: int) -> bool:
     """SIGKILL; False where it went before."""
     try:

@@ -60,7 +60,7 @@ def test_workers_nodes_and_drivers_killed(tmp_path: Path, chance: random.Random,
                 check_journals_of_others(staging_folder(out))
             check_finished(out, expected)
             assert [path for path in folder.iterdir() if path != out] == []
-            assert ray.workers() == []
+            assert ray.workers_end()
             shutil.rmtree(folder)
     print(f"\n{kills}, {outputs} outputs, {resumed} resumed")
 
