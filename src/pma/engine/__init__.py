@@ -1,11 +1,11 @@
 """plan -> stream -> commit: averaging checkpoints in bounded memory, each output whole or not there."""
 
+from pma.cluster import NodeProgress, OnRay
 from pma.engine.commit import How, Merge, is_written
 from pma.engine.delivery import check_output, write
 from pma.engine.means import SNAPSHOTS, stored_beside
 from pma.engine.means import located as located_means
 from pma.engine.memory import average
-from pma.engine.on_ray.cluster import NodeProgress, OnRay
 from pma.engine.plan import MergeOptions, Plan, is_mixture_of_experts, parameter_count
 from pma.engine.planning import plan
 from pma.engine.roofline import Roofline, measure_roofline

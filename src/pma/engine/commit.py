@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, Unpack
 
+from pma.cluster import NodeProgress, OnRay
 from pma.engine import provenance
 from pma.engine.attempt import attempt
 from pma.engine.building import SAVE_SECONDS, kept_up
-from pma.engine.on_ray.cluster import NodeProgress, OnRay
 from pma.engine.plan import Plan
 from pma.engine.staging import leftover_bytes, refuse_existing
 from pma.engine.stopping import StopFlag

@@ -3,5 +3,5 @@
 The process that was started drives: it holds the lease, has every node look at the sources and the place of
 the output (`checking`), gives parts of the blocks to nodes that have room (`sharing`), and commits
 (`writing`). A part is carried out by `together.part` in a task (`task`); what is done is told by journals
-alone, so any task may die at any moment. `cluster` is all that is asked of Ray, and imports it.
+alone, so any task may die at any moment.
 """

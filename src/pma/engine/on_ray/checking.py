@@ -7,7 +7,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-from pma.engine.on_ray.cluster import Cluster, Lost, Node
+from pma.cluster import Cluster, Lost, Node
 from pma.engine.together.words import failure_in, said_by
 from pma.errors import PmaError, StorageError, UsageError
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from pma.cluster import Cluster, Lost, Node, NodeProgress, OnRay
 from pma.engine import provenance
 from pma.engine.journal import Followed, part_journal
 from pma.engine.on_ray.checking import begin_look, wrong_in
-from pma.engine.on_ray.cluster import Cluster, Lost, Node, NodeProgress, OnRay
 from pma.engine.on_ray.task import carry_out_part
 from pma.engine.partition import Part
 from pma.engine.plan import Plan

@@ -8,12 +8,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Unpack
 
+from pma.cluster import Cluster, Node, OnRay, connected
 from pma.engine.attempt import attempt
 from pma.engine.building import SAVE_SECONDS, Building, kept_up
 from pma.engine.commit import Count, How, Merge, check_output
 from pma.engine.lease import host
 from pma.engine.on_ray.checking import check_all
-from pma.engine.on_ray.cluster import Cluster, Node, OnRay, connected
 from pma.engine.on_ray.sharing import Sharing, part_count
 from pma.engine.on_ray.task import Spec, portable
 from pma.engine.plan import Plan
