@@ -76,36 +76,38 @@ def start(*arguments: Any) -> subprocess.Popen[str]:
     )
 
 
-def await_workers(merging: subprocess.Popen[str], seconds: float) -> list[int]:
+def await_workers(cluster: Any, merging: subprocess.Popen[str], seconds: float) -> list[int]:
     """Processes that carry out parts, so long after the first of them began; none where the merge ended."""
     while merging.poll() is None:
-        if workers():
+        if workers(cluster):
             time.sleep(seconds)
-            return workers()
+            return workers(cluster)
         time.sleep(0.05)
     return []
 
 
-def workers(name: str = "carry_out_part") -> list[int]:
-    """Processes that carry out a part now: Ray names them so."""
-    found = []
+def workers(cluster: Any, name: str = "carry_out_part") -> list[int]:
+    """Processes of this cluster that carry out a part now: Ray names them so, and their words go to files of
+    its session, wherever their parents are.
+    """
+    session, found = cluster.head_node.get_session_dir_path(), []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
-                said = (folder / "cmdline").read_bytes()
+                said, words = (folder / "cmdline").read_bytes(), os.readlink(folder / "fd" / "1")
             except OSError:
                 continue
-            if said.startswith(b"ray::") and name.encode() in said:
+            if said.startswith(b"ray::") and name.encode() in said and words.startswith(session):
                 found.append(int(folder.name))
     return found
 
 
-def workers_end(seconds: float = 15) -> bool:
+def workers_end(cluster: Any, seconds: float = 15) -> bool:
     """Whether nobody carries out a part any more, within some seconds: Ray ends processes after their job."""
     deadline = time.monotonic() + seconds
-    while workers() and time.monotonic() < deadline:
+    while workers(cluster) and time.monotonic() < deadline:
         time.sleep(0.1)
-    return not workers()
+    return not workers(cluster)
 
 
 def kill(pid: int) -> bool:

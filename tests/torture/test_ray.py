@@ -35,7 +35,7 @@ def test_workers_nodes_and_drivers_killed(tmp_path: Path, chance: random.Random,
     resumed = outputs = 0
     folder = tmp_path / "work"
     with ray.cluster(NODES, **environment) as cluster:
-        while sum(kills.values()) < KILLS * multiplier or not resumed:
+        while sum(kills.values()) < KILLS * multiplier or not (resumed and all(kills.values())):
             folder.mkdir()
             out, outputs = folder / "out", outputs + 1
             while not out.exists():
@@ -60,7 +60,7 @@ def test_workers_nodes_and_drivers_killed(tmp_path: Path, chance: random.Random,
                 check_journals_of_others(staging_folder(out))
             check_finished(out, expected)
             assert [path for path in folder.iterdir() if path != out] == []
-            assert ray.workers_end()
+            assert ray.workers_end(cluster)
             shutil.rmtree(folder)
     print(f"\n{kills}, {outputs} outputs, {resumed} resumed")
 
@@ -73,7 +73,7 @@ def _kill_something(
     chance: random.Random,
 ) -> str | None:
     """Wait until parts run, and a while; then kill something, if the merge still goes on. Returns what."""
-    victims = ray.await_workers(merging, seconds=chance.uniform(0.1, 1.2))
+    victims = ray.await_workers(cluster, merging, seconds=chance.uniform(0.1, 1.2))
     if not victims or merging.poll() is not None:
         return None
     left = MOST_NODES_REMOVED - kills["node"]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from pma.cluster.nodes import Cluster, OnRay, why
-from pma.cluster.signals import Signals
 from pma.errors import MissingExtra, StorageError, UsageError, printable
 
 _REACH_SECONDS = 10.0
@@ -28,18 +29,29 @@ def connected(on: OnRay) -> Iterator[Cluster]:
         import ray
     except ImportError:
         raise MissingExtra("--on ray", "ray", "Ray") from None
-    signals = Signals()
     if ray.is_initialized():  # by whoever called us, who may have more to do
-        with signals.taken():
-            yield Cluster(ray, on, signals)
+        yield Cluster(ray, on)
         return
     with redirect_stdout(sys.stderr):  # stdout is for results, and Ray would tell there of what was lost
-        _connect(ray, on.address or os.environ.get("RAY_ADDRESS"))
+        with _signals_kept():
+            _connect(ray, on.address or os.environ.get("RAY_ADDRESS"))
         try:
-            with signals.taken():
-                yield Cluster(ray, on, signals)
+            yield Cluster(ray, on)
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Signals do after the block what they did before: Ray has SIGTERM exit where it finds the process."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _connect(ray: Any, address: str | None) -> None:

@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from pma.cluster.signals import Signals
 from pma.errors import UsageError, printable
 
 # a node that declares so much of it has its own budget of parts in flight
@@ -67,14 +66,12 @@ class Lost:
 class Cluster:
     """A Ray cluster that this process is connected to."""
 
-    def __init__(self, ray: Any, on: OnRay, signals: Signals) -> None:
-        self._ray, self._on, self._signals = ray, on, signals
+    def __init__(self, ray: Any, on: OnRay) -> None:
+        self._ray, self._on = ray, on
 
     def nodes(self) -> list[Node]:
         """Those that live and have cores to give."""
-        with self._signals.held():
-            found = self._ray.nodes()
-        alive = [node for node in found if node["Alive"] and node["Resources"].get("CPU")]
+        alive = [node for node in self._ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
         alive = [node for node in alive if node["Resources"].get(IO_RESOURCE, 1) >= 1]
         times = Counter(node["NodeManagerHostname"] for node in alive)
         return [
@@ -96,37 +93,39 @@ class Cluster:
             max_retries=0,  # whoever started it knows what is left to do, and where
             scheduling_strategy=NodeAffinitySchedulingStrategy(node.key, soft=False),
         )
-        with self._signals.held():
-            return task.remote(*arguments)
+        return task.remote(*arguments)
 
     def ended(self, tasks: Sequence[Any], seconds: float) -> list[Any]:
         """Those that ended, after so many seconds at most, or when one does."""
         if not tasks:
             return []
-        with self._signals.held():
-            found, _ = self._ray.wait(list(tasks), num_returns=1, timeout=seconds)
-            if found:
-                found, _ = self._ray.wait(list(tasks), num_returns=len(tasks), timeout=0)
+        found, _ = self._ray.wait(list(tasks), num_returns=1, timeout=seconds)
+        if found:
+            found, _ = self._ray.wait(list(tasks), num_returns=len(tasks), timeout=0)
         return list(found)
 
     def answer(self, task: Any) -> Any:
         """What an ended task returned, or a `Lost`."""
         try:
-            with self._signals.held():
-                return self._ray.get(task)
+            return self._ray.get(task)
         except self._ray.exceptions.RayError as error:
             return Lost(why=why(error))
 
+    def take_back(self, task: Any) -> None:
+        """End a task that has not begun.
+
+        No other: Ray (seen with 2.60) aborts this process, in `TaskManager::CompletePendingTask`, where a
+        task is cancelled in the moment in which its answer comes.
+        """
+        with suppress(self._ray.exceptions.RayError):
+            self._ray.cancel(task)
+
     def call_off(self, tasks: Sequence[Any], seconds: float) -> None:
-        """End tasks: as by Ctrl-C, and after some seconds by force."""
-        for force in (False, True):
-            for task in tasks:
-                with suppress(Exception):  # it ended, or Ray is going
-                    self._ray.cancel(task, force=force)
-            if not tasks:
-                return
-            with suppress(Exception):
-                _, tasks = self._ray.wait(list(tasks), num_returns=len(tasks), timeout=seconds)
+        """Wait some seconds at most for tasks that are about to end. Those that go on are ended by Ray when
+        this process leaves the cluster, within a tenth of a second.
+        """
+        if tasks:
+            self._ray.wait(list(tasks), num_returns=len(tasks), timeout=seconds)
 
 
 def _name(node: dict[str, Any], *, alone: bool) -> str:

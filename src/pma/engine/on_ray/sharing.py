@@ -44,7 +44,6 @@ _REST_SECONDS = 10.0
 _BEGIN_SECONDS, _MOVES = 15.0, 2
 # what no other node and no other try makes better
 _FINAL = (NonfiniteError, SpaceError, FormatError)
-_CALL_OFF_SECONDS = 5.0
 
 
 @dataclass(kw_only=True)
@@ -115,15 +114,12 @@ class Sharing:
     def carry_out(self, parts: Sequence[Part], stop: StopFlag) -> None:
         """Return when all parts are done, or soon where `stop` is set. Raises what cannot be mended."""
         self._left.extend(_Piece(number=number, part=part) for number, part in enumerate(parts))
-        try:
-            while (self._left or self._tries) and not stop.is_set():
-                self._look_at_nodes()
-                self._give_out()
-                ended = self._cluster.ended([*self._unanswered(), *self._looks], _LOOK_SECONDS)
-                self._hear(ended)
-                self._show_all()
-        finally:
-            self._cluster.call_off([*self._unanswered(), *self._looks], _CALL_OFF_SECONDS)
+        while (self._left or self._tries) and not stop.is_set():
+            self._look_at_nodes()
+            self._give_out()
+            ended = self._cluster.ended([*self._unanswered(), *self._looks], _LOOK_SECONDS)
+            self._hear(ended)
+            self._show_all()
         self._show_all(now=True)
 
     def _unanswered(self) -> list[Any]:
@@ -204,7 +200,7 @@ class Sharing:
             node = self._free()
             if self._left or node is None or node.key == one.node.key or one.piece.moves >= _MOVES:
                 break
-            self._cluster.call_off([one.task], 0.0)
+            self._cluster.take_back(one.task)
             one.piece.moves += 1
             self._lose(one, f"{one.node.name} has no cores free for it", counts=False)
         if waiting and len(waiting) == len(self._tries) and now - self._told_at > _TELL_SECONDS:
