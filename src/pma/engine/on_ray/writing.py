@@ -14,6 +14,7 @@ from pma.engine.building import SAVE_SECONDS, Building, kept_up
 from pma.engine.commit import Count, How, Merge, check_output
 from pma.engine.lease import host
 from pma.engine.on_ray.checking import check_all
+from pma.engine.on_ray.roster import Roster
 from pma.engine.on_ray.sharing import Sharing, part_count
 from pma.engine.on_ray.task import Spec, portable
 from pma.engine.plan import Plan
@@ -120,19 +121,19 @@ class _Met:
 
     def sharing(self, building: Building, count: Count) -> Sharing:
         """What gives the parts of an output that was begun to these nodes."""
+        tell = self._how.get("tell") or (lambda line: None)
         return Sharing(
             self._plan,
             building,
             building.output.digests,
             self._cluster,
-            on=self._on,
+            Roster(self._cluster, self._nodes, on=self._on, packed=self._packed, tell=tell),
             packed=self._packed,
-            nodes=self._nodes,
             cores=self._plan.options.threads,
             silent_seconds=Crew.silent_seconds,
             progress=count.add,
             show=self._how.get("show_nodes"),
-            tell=self._how.get("tell"),
+            tell=tell,
         )
 
 
