@@ -369,8 +369,8 @@ FLAGS = {
     "--with-optimizer --write",
     "merge": "--allow-mixed-phases --allow-nonfinite --as-given --at --break-lock --copy --dtype --every "
     "--exclude --fresh --hash-sources --inside-run --json --last --like --map --measure-roofline --memory "
-    "--out --pattern --preset --scheme --sha256 --staging --threads --to --use --weights "
-    "--with-optimizer",
+    "--on --out --pattern --per-node --preset --ray-address --scheme --sha256 --staging --threads --to --use "
+    "--weights --with-optimizer",
     "sweep": "--allow-mixed-phases --allow-nonfinite --at --best --break-lock --budget --cloze --context "
     "--copy --dtype --every --exclude --fresh --json --last --limit --memory --scheme --search --staging "
     "--store --tasks --text --threads --use --weights --write",
@@ -421,7 +421,7 @@ def test_help_and_plan_import_neither_torch_nor_transformers(run: Path) -> None:
             "from pma.cli import main\n"
             "try: main()\n"
             "except SystemExit: pass\n"
-            "assert not {'torch', 'transformers', 'altair', 'scipy'} & set(sys.modules)"
+            "assert not {'torch', 'transformers', 'altair', 'scipy', 'ray'} & set(sys.modules)"
         )
         done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

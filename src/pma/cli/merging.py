@@ -14,6 +14,7 @@ from pma import engine, trajectory, verbs
 from pma.cli import options as flags
 from pma.cli.interval_means import means_text, note_gaps, note_means, sources_text
 from pma.cli.launching import launched, speaks
+from pma.cli.on_ray import On, PerNode, RayAddress, nodes_shown, on_ray
 from pma.cli.output import command, note, or_unknown, say, table
 from pma.cli.transfer import cost, sending, show_cost, told_by_another, transfer
 from pma.engine import SNAPSHOTS, Plan
@@ -226,6 +227,9 @@ def merge(
     measure_roofline: flags.MeasureRoofline = False,
     threads: flags.Threads = 2,
     memory: flags.Memory = flags.DEFAULT_MEMORY,
+    on: On = None,
+    ray_address: RayAddress = None,
+    per_node: PerNode = None,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
     """Average checkpoints into a new checkpoint. Nothing is overwritten; what is interrupted never looks
@@ -259,6 +263,7 @@ def merge(
         memory=memory,
     )
     crew = launched(measures_roofline=measure_roofline)
+    ray = on_ray(on, ray_address, per_node, crew=crew, measures_roofline=measure_roofline)
     with verbs.plan(chosen, options) as planned:
         if speaks(crew):
             _note_left_out(planned)
@@ -270,11 +275,16 @@ def merge(
         roofline = (
             engine.measure_roofline(planned, engine.built_at(out, staging)) if measure_roofline else None
         )
-        with transfer("merging", planned.bytes_to_write, as_json=json_output, quiet=not speaks(crew)) as show:
+        with (
+            nodes_shown(as_json=json_output) as show_nodes,
+            transfer("merging", planned.bytes_to_write, as_json=json_output, quiet=not speaks(crew)) as show,
+        ):
             done = engine.write(
                 planned,
                 out,
                 crew=crew,
+                ray=ray,
+                show_nodes=show_nodes,
                 tell=note,
                 inside_run=inside_run,
                 sha256=sha256,

@@ -1,5 +1,6 @@
 """plan -> stream -> commit: averaging checkpoints in bounded memory, each output whole or not there."""
 
+from pma.cluster import NodeProgress, OnRay
 from pma.engine.commit import How, Merge, is_written
 from pma.engine.delivery import check_output, write
 from pma.engine.means import SNAPSHOTS, stored_beside
@@ -20,6 +21,8 @@ __all__ = [
     "How",
     "Merge",
     "MergeOptions",
+    "NodeProgress",
+    "OnRay",
     "Plan",
     "Roofline",
     "Scaling",

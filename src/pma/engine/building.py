@@ -4,6 +4,7 @@ behind.
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from pma.formats.files import sync_folder
 from pma.formats.folder_writer import FolderWriter
 
 SAVE_SECONDS = 5.0
+_REMOVALS = 10
 
 
 class Building:
@@ -171,8 +173,7 @@ class Building:
         if self.is_ours:
             clear(self.folder, but=(LEASE_FILE,))
             sync_folder(self.folder)  # the lease last: without it nobody could tell whose the rest is
-            clear(self.folder, but=())
-            self.folder.rmdir()
+            _remove(self.folder)
 
     def close(self) -> None:
         """Let go of lease and files."""
@@ -207,6 +208,19 @@ def _chunks_of_others(paths: Sequence[Path], heading: Mapping[str, Any]) -> Dige
         if journal.heading is not None and journal.heading.get("plan") == heading:
             found |= chunks
     return found
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder in which others may just begin a file: one that they find gone they do not make."""
+    for last in (False,) * _REMOVALS + (True,):
+        clear(folder, but=())
+        try:
+            folder.rmdir()
+        except OSError as error:
+            if last or error.errno != errno.ENOTEMPTY:
+                raise
+        else:
+            return
 
 
 def _size_bytes(path: Path) -> int:

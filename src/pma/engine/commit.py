@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, Unpack
 
+from pma.cluster import NodeProgress, OnRay
 from pma.engine import provenance
 from pma.engine.attempt import attempt
 from pma.engine.building import SAVE_SECONDS, kept_up
@@ -141,7 +142,8 @@ class How(TypedDict, total=False):
     another host's. `progress` hears of bytes moved. `save_seconds`: how often what is done is made durable.
     For an output in a store: `staging` is the folder it is built in, and `sending` hears how many bytes of
     how many are there. `crew`: this process's place among several that write the output together; `tell`
-    hears a line of whom they wait for.
+    hears a line of whom they wait for. `ray`: the cluster whose nodes write it, and `show_nodes` hears how
+    each does.
     """
 
     inside_run: bool
@@ -155,6 +157,8 @@ class How(TypedDict, total=False):
     sending: Callable[[int, int], None] | None
     crew: Crew | None
     tell: Callable[[str], None]
+    ray: OnRay | None
+    show_nodes: Callable[[Sequence[NodeProgress]], None]
 
 
 def write(plan: Plan, out: Path, **how: Unpack[How]) -> Merge:

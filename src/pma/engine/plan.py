@@ -109,6 +109,7 @@ class Plan:
     tile_bytes: int
     side_files: Mapping[str, bytes]
     left_out: tuple[tuple[Path, str], ...] = ()
+    as_given: bool = False
 
     @property
     def weights(self) -> tuple[float, ...]:

@@ -81,6 +81,7 @@ def plan(
         tile_bytes=tile_bytes,
         side_files=beside,
         left_out=tuple(left_out),
+        as_given=as_given,
     )
 
 

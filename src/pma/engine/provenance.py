@@ -60,8 +60,8 @@ def record(
         "sources": [
             {
                 **source.point.describe(),
-                "path": str(_absolute(source.point.path)),
-                "folder": str(_absolute(source.point.folder)),
+                "path": str(absolute(source.point.path)),
+                "folder": str(absolute(source.point.folder)),
                 "weight": source.weight,
                 "interval_mean": asdict(source.mean) if source.mean is not None else None,
                 "files": [asdict(identity) for identity in source.files],
@@ -92,7 +92,7 @@ def heading(plan: Plan) -> dict[str, Any]:
     files = [(file.name, file.size_bytes) for file in plan.layout.files]
     headers = [data.hex() for file in plan.layout.files for _, data in file.constants]
     sources = [
-        (str(_absolute(source.point.path)), [asdict(identity) for identity in source.files])
+        (str(absolute(source.point.path)), [asdict(identity) for identity in source.files])
         for source in plan.sources
     ]
     made_by = [_version("pma-llm"), converting.record(plan.newest)]
@@ -107,7 +107,8 @@ def _digest(value: Any) -> str:
     return blake3(json.dumps(value, default=str).encode()).hexdigest()
 
 
-def _absolute(path: Path) -> Path:
+def absolute(path: Path) -> Path:
+    """A path as records name it: without links but for the last part of a file's."""
     # the last part stays a link: in a hub's cache it leads to a file of another name
     return path.parent.resolve() / path.name if path.is_file() else path.resolve()
 

@@ -91,7 +91,7 @@ def clear(folder: Path, *, but: tuple[str, ...] = (LEASE_FILE, JOURNAL_FILE)) ->
     for entry in sorted(folder.rglob("*"), reverse=True):  # a folder's content comes before it
         if not entry.is_dir():
             if entry not in kept:
-                entry.unlink()
+                entry.unlink(missing_ok=True)  # whoever made it may be about to remove it, too
         elif not any(entry.iterdir()):
             entry.rmdir()
 

@@ -58,6 +58,9 @@ class Store:
         self._secrets = credentials_in(f"{protocol}://{place}")
         self._listings: dict[str, tuple[float, Mapping[str, Entry]]] = {}
 
+    def __reduce__(self) -> tuple[type[Store], tuple[str, str]]:
+        return Store, (self.protocol, self._place)  # another process has a connection of its own
+
     def url(self, place: str) -> str:
         """The URL of a place, without any credentials: for messages and records."""
         return redacted(f"{self.protocol}://{place}")

@@ -44,7 +44,7 @@ class Held(Protocol):
 class Driver:
     """Speaks to the processes that work on an output, one for each of `names`, and hears of them.
 
-    `progress` hears of bytes that they moved, `tell` of whom is waited for.
+    `progress` hears of bytes that they moved, `tell` of whom is waited for. `who`: what they call us.
     """
 
     def __init__(
@@ -55,7 +55,9 @@ class Driver:
         *,
         progress: Progress | None = None,
         tell: Callable[[str], None] | None = None,
+        who: str | None = None,
     ) -> None:
+        self._who = who or crew.name
         self._plan, self._names, self._crew = plan, names, crew
         self._progress, self._tell = progress, tell
         self._lock = threading.Lock()
@@ -72,7 +74,7 @@ class Driver:
         self.close()
         self._told = False
         self._journal = speak(folder, driver_journal(token))
-        told = {"who": self._crew.name, "size": self._crew.size, "files": len(self._plan.layout.files)}
+        told = {"who": self._who, "size": self._crew.size, "files": len(self._plan.layout.files)}
         self._journal.start({**told, "view": view(self._plan)})
         self._workers = [_Worker(n, Followed(folder / part_journal(token, n))) for n in self._names]
         with self.telling():

@@ -18,7 +18,9 @@ def view(plan: Plan) -> dict[str, Any]:
     return {
         "plan": provenance.heading(plan),
         "sources": {
-            str(source.point.path): {f.name: [getattr(f, field) for field in _FIELDS] for f in source.files}
+            str(provenance.absolute(source.point.path)): {
+                f.name: [getattr(f, field) for field in _FIELDS] for f in source.files
+            }
             for source in plan.sources
         },
     }

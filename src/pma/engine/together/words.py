@@ -26,11 +26,16 @@ _KINDS = {kind.__name__: kind for kind in (*_TOLD, SpaceError, StorageError, Usa
 
 def tell_failure(journal: Words, error: BaseException) -> None:
     """Say in a journal what this process fails with, if it still can."""
+    with suppress(OSError):
+        journal.say(**told_of(error))
+
+
+def told_of(error: BaseException) -> dict[str, Any]:
+    """A failure as plain values, for `failure_in`."""
     kind = type(error).__name__ if type(error).__name__ in _KINDS else InputError.__name__
     if isinstance(error, KeyboardInterrupt):
         kind, error = Interrupted.__name__, Interrupted("interrupted while merging")
-    with suppress(OSError):
-        journal.say(failed={"kind": kind, "message": str(error) or type(error).__name__})
+    return {"failed": {"kind": kind, "message": str(error) or type(error).__name__}}
 
 
 def failure_in(said: Mapping[str, Any]) -> PmaError | None:

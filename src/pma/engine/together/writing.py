@@ -81,7 +81,7 @@ def _led(plan: Plan, out: Path, crew: Crew, started: float, how: How) -> Merge:
             driver.await_parts(waiting)
         durable = time.monotonic() - streaming
         sha256, hash_sources = how.get("sha256", False), how.get("hash_sources", False)
-        with kept_up([_Beating(building)], waiting, save_seconds):  # to hash all again may take long
+        with kept_up([Beating(building)], waiting, save_seconds):  # to hash all again may take long
             commit(building, sha256=sha256, hash_sources=hash_sources)
     written = plan.bytes_to_write - resumed
     return _merge(
@@ -95,7 +95,7 @@ def commit(building: Building, *, sha256: bool = False, hash_sources: bool = Fal
     return building.finish(sha256=sha256, hash_sources=hash_sources)
 
 
-class _Beating:
+class Beating:
     """Shows that the driver lives while it does nothing else."""
 
     def __init__(self, building: Building) -> None:

@@ -1,0 +1,121 @@
+"""The nodes of a cluster while they work for one output: which live, which have room, how each does."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from pma.cluster import Cluster, Node, NodeProgress, OnRay
+from pma.engine.on_ray.checking import begin_look, wrong_in
+from pma.errors import PmaError, StorageError
+
+_NODES_SECONDS = 1.0
+# a node whose task was lost may be going, and Ray not know yet
+_REST_SECONDS = 10.0
+
+Clock = Callable[[], float]
+
+
+class Roster:
+    """Those that looked at the sources before, `nodes`, and those that join and look later.
+
+    `packed`: what a node needs to look. `tell` hears of nodes that are left out.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        nodes: Iterable[Node],
+        *,
+        on: OnRay,
+        packed: bytes,
+        tell: Callable[[str], None],
+        clock: Clock = time.monotonic,
+    ) -> None:
+        self._cluster, self._on, self._packed, self._tell, self._clock = cluster, on, packed, tell, clock
+        self._alive = {node.key: node for node in nodes}
+        self._fit = set(self._alive)
+        self._unfit: dict[str, str] = {}
+        self._looks: dict[Any, Node] = {}
+        self._rest_until: dict[str, float] = {}
+        self._did: dict[str, NodeProgress] = {}
+        self._since: dict[str, float] = {}
+        self._looked_at = self._usable_at = clock()
+
+    # ---- which there are ----
+
+    def refresh(self) -> None:
+        """Now and then, see which nodes live; those that joined are to look first. Raises StorageError where
+        none was usable for long.
+        """
+        now = self._clock()
+        if now - self._looked_at < _NODES_SECONDS:
+            return
+        self._looked_at = now
+        self._alive = {node.key: node for node in self._cluster.nodes()}
+        looked = {*self._fit, *self._unfit, *(node.key for node in self._looks.values())}
+        for key in self._alive.keys() - looked:
+            self._looks[begin_look(self._cluster, self._alive[key], self._packed)] = self._alive[key]
+        if self._usable():
+            self._usable_at = now
+        elif now - self._usable_at > self._on.node_seconds:
+            why = "; ".join(self._unfit.values()) or "all of them are gone"
+            raise StorageError(f"no node of the Ray cluster can go on: {why}")
+
+    @property
+    def looks(self) -> list[Any]:
+        """Tasks of nodes that look."""
+        return list(self._looks)
+
+    def hear(self, ended: Sequence[Any]) -> None:
+        """Nodes whose looks are among these may be given parts, or are left out."""
+        for task in [task for task in self._looks if task in ended]:
+            node = self._looks.pop(task)
+            found = wrong_in(self._cluster.answer(task), node)
+            if found is None:
+                self._fit.add(node.key)
+            else:
+                self.leave_out(node, found)
+
+    def leave_out(self, node: Node, error: PmaError) -> None:
+        """Give it nothing more."""
+        self._fit.discard(node.key)
+        self._unfit[node.key] = str(error)
+        self._tell(f"{node.name} is given nothing: {error}")
+
+    def lives(self, key: str) -> bool:
+        """Whether a node was there when it was last looked."""
+        return key in self._alive
+
+    def _usable(self) -> list[Node]:
+        return [node for key, node in self._alive.items() if key in self._fit]
+
+    # ---- which has room ----
+
+    def rest(self, node: Node) -> None:
+        """Rather give it nothing for a while."""
+        self._rest_until[node.key] = self._clock() + _REST_SECONDS
+
+    def free(self, running: Counter[str]) -> Node | None:
+        """The node with least to do, if any has room for one more part than are `running` on it."""
+        now, nodes = self._clock(), self._usable()
+        awake = [node for node in nodes if self._rest_until.get(node.key, 0.0) <= now]
+        room = [(running[node.key], node) for node in awake or nodes if running[node.key] < node.slots]
+        return min(room, key=lambda one: (one[0], -one[1].slots), default=(0, None))[1]
+
+    # ---- how each does ----
+
+    def of(self, node: Node) -> NodeProgress:
+        """What a node did, from when it was first given something: to be added to."""
+        self._since.setdefault(node.key, self._clock())
+        return self._did.setdefault(node.key, NodeProgress(name=node.name))
+
+    def shown(self, running: Counter[str]) -> list[NodeProgress]:
+        """What each did so far."""
+        for key, did in self._did.items():
+            did.parts_running = running[key]
+            did.seconds = self._clock() - self._since[key]
+            did.lost = not self.lives(key)
+        return list(self._did.values())
