@@ -176,7 +176,7 @@ def test_a_stale_view_is_named_before_anything_is_written(
 ) -> None:
     stale = copied_with(run, tmp_path / "stale" / "run", lambda file: os.utime(file, ns=(0, 77)))
     # as seen at the same place: what a plan says of paths is not what differs here
-    monkeypatch.setattr(provenance, "_absolute", lambda path: tmp_path / "run" / path.name)
+    monkeypatch.setattr(provenance, "absolute", lambda path: tmp_path / "run" / path.name)
     view = part_module.view
 
     def as_there(planned: engine.Plan) -> dict[str, object]:
