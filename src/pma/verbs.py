@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from pma.analysis.keeping import Budget
     from pma.analysis.looking import Look
-    from pma.diagnosis.diagnosing import Diagnosis
+    from pma.diagnosis.diagnosing import Diagnosis, Reading
     from pma.evaluation.evaluate import Evaluation
     from pma.evaluation.making import Measuring
     from pma.evaluation.tasks import Task, TaskResult
@@ -179,13 +179,16 @@ def diagnose(
     *,
     log: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    reading: Reading | None = None,
 ) -> Diagnosis:
     """What the checkpoints and the log say about merging them; each checkpoint is read once.
 
     Of a run without a window the newest checkpoints are taken, `MOST_BY_DEFAULT` at most. `log`: the
-    training log, where it is not in the run's folder. Raises InputError for a single checkpoint.
+    training log, where it is not in the run's folder. `reading`: reads the checkpoints, by default here.
+    Raises InputError for a single checkpoint.
     """
     from pma.diagnosis.diagnosing import diagnose as diagnosed
+    from pma.engine.gram import inner_products
 
     choice, is_run = newest_by_default(choice), _is_run(choice)
     curves = None
@@ -195,7 +198,7 @@ def diagnose(
         if log is not None:
             raise
     with plan(choice, options) as planned:
-        return diagnosed(planned, curves, progress=progress)
+        return diagnosed(planned, curves, progress=progress, reading=reading or inner_products)
 
 
 @dataclass(frozen=True, kw_only=True)
