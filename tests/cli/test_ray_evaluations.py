@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from pma import engine, sweeping, trajectory, verbs
 from pma.cli import app
+from pma.cluster import Node
 from pma.engine import MergeOptions, NodeProgress, OnRay
 from pma.evaluation.making import measured
 from pma.evaluation.measures import text_measure
@@ -148,6 +149,29 @@ def test_results_are_those_of_one_process_and_only_the_driver_keeps_them(
     assert kept(tmp_path / "shared") == kept(tmp_path / "alone")
     with OnNodes(OnRay(address="127.0.0.1:1"), threads=1) as nowhere:  # which nobody asks for what is known
         assert swept("shared", measuring=nowhere) == (shared[0], 5)
+
+
+GPUS = Node(key="g", name="g", slots=1, cores=9.0, gpus=2.0)
+CORES = Node(key="c", name="c", slots=1, cores=9.0)
+FEW = Node(key="f", name="f", slots=1, cores=1.0)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "most_per_node", "used", "rooms"),
+    [
+        ([CORES, FEW], None, [CORES, FEW], [(4, 2.0, 0), (1, 1.0, 0)]),
+        ([CORES, FEW], 3, [CORES, FEW], [(3, 2.0, 0), (1, 1.0, 0)]),
+        ([CORES, GPUS, FEW], None, [GPUS], [(2, 2.0, 1)]),
+        ([replace(GPUS, cores=3.0)], None, [replace(GPUS, cores=3.0)], [(2, 1.0, 1)]),
+    ],
+)
+def test_a_process_for_each_gpu_or_for_so_many_cores(
+    nodes: list[Node], most_per_node: int | None, used: list[Node], rooms: list[tuple[int, float, int]]
+) -> None:
+    made = OnNodes(OnRay(), threads=2, most_per_node=most_per_node)
+    assert list(made.used(nodes)) == used
+    found = [made.room(node) for node in used]
+    assert [(room.workers, room.cores, room.gpus) for room in found] == rooms
 
 
 def kept(path: Path) -> dict[tuple[str, str], Any]:

@@ -7,12 +7,23 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from pma import sweeping
+from pma.engine import MergeOptions, OnRay
+from pma.errors import MismatchError, NonfiniteError, UsageError
+from pma.evaluation.evaluate import Evaluation
+from pma.evaluation.measures import Measure
+from pma.evaluation.on_ray import OnNodes
 from pma.results import Store
+from pma.sweeping import Grid
 from pma.testing import tiny_llama_run, tiny_run
 
 from . import ray_cluster as ray
@@ -140,6 +151,43 @@ def test_a_diagnosis_goes_on_where_a_process_and_a_node_are_killed(tmp_path: Pat
     for name, group in alone["groups"].items():
         for one, other in zip(flat(group), flat(shared["groups"][name]), strict=True):
             assert abs(one - other) <= 1e-9 * abs(one) + 1e-12
+
+
+def test_what_is_wrong_with_a_model_is_told_as_in_one_process(tmp_path: Path) -> None:
+    run, store, scored, grid = tmp_path / "run", tmp_path / "store", tmp_path / "scored", Grid(lasts=(2, 3))
+    tiny_run(run, steps=3)
+
+    def count(name: str, scorer: Any) -> Evaluation:
+        with scored.open("a") as file:
+            file.write("x")
+        return Evaluation(
+            name=name, text_digest="", context_tokens=1, text_bytes=1, nats=(1.0, 2.0), tokens=(1, 2)
+        )
+
+    def touches(tensors: Any, like: Path, *, context_tokens: int) -> None:
+        os.utime(like / "model.safetensors", (1, 1))
+
+    def refuses(tensors: Any, like: Path, *, context_tokens: int) -> None:
+        raise NonfiniteError(f"{like.name} is all wrong")
+
+    measure = Measure(name="count", key="count", run=count, read=Evaluation.from_json, needs=())
+
+    def swept(**how: Any) -> None:
+        with sweeping.planned([run], grid, MergeOptions()) as planned, Store(store) as opened:
+            sweeping.evaluate(planned, [measure], opened, measuring=nodes, **how)
+
+    with (
+        ray.cluster(2, PYTHONPATH=str(ray.SOURCE)) as cluster,
+        OnNodes(OnRay(address=cluster.address), threads=1) as nodes,
+    ):
+        with pytest.raises(NonfiniteError, match=r"^checkpoint-30 is all wrong$"):
+            swept(load=refuses)
+        assert not scored.exists()
+        with pytest.raises(UsageError, match="cannot be sent to another process"):
+            swept(load=partial(refuses, threading.Lock()))
+        with pytest.raises(MismatchError, match="was changed while it was merged"):
+            swept(load=touches)
+    assert 1 <= kept(store) <= len(scored.read_text()) < 3  # before it was seen
 
 
 def flat(value: Any) -> list[float]:

@@ -18,8 +18,7 @@ from pma.engine.on_ray.workers import Answer, answered
 from pma.engine.plan import MergeOptions, Plan
 from pma.engine.planning import plan as planned
 from pma.engine.together.views import difference, view
-from pma.engine.together.words import said_by
-from pma.errors import MismatchError, PmaError
+from pma.errors import MismatchError
 from pma.formats.contracts import CheckpointReader
 from pma.trajectory import TrajectoryPoint
 
@@ -63,16 +62,13 @@ def packed(plans: Sequence[Plan]) -> bytes:
 
 
 def look(packed: bytes, who: str) -> Answer:
-    """On a node: whether it plans the same. Every error names the node."""
+    """On a node: whether it plans the same."""
 
     def work() -> Answer:
         told: Told = pickle.loads(packed)
         with opened() as readers:
             for each in told.recipes:
-                try:
-                    plan = planned(each.points, each.options, as_given=each.as_given, opened=readers)
-                except PmaError as error:
-                    raise said_by(who, error) from None
+                plan = planned(each.points, each.options, as_given=each.as_given, opened=readers)
                 _compare(each, plan, told, who)
         return {}
 

@@ -170,9 +170,10 @@ class Workers(Generic[Item]):
         for key in self._alive.keys() - looked_at:
             node = self._alive[key]
             self._looks[begin_look(self._cluster, node, self._packed, self._look_in)] = node
+        nobody_fits = bool(self._alive) and self._alive.keys() <= self._unfit.keys()
         if self._usable():
             self._busy_at = now
-        elif now - self._busy_at > self._on.node_seconds:
+        elif nobody_fits or now - self._busy_at > self._on.node_seconds:
             why = "; ".join(self._unfit.values()) or "all of them are gone"
             raise StorageError(f"no node of the Ray cluster can go on: {why}")
 

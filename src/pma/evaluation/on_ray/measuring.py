@@ -81,7 +81,12 @@ class OnNodes:
             ]
             for places in self.passes([each.plan for each in wanted])
         ]
-        workers.carry_out(jobs, asked)
+        try:
+            workers.carry_out(jobs, asked)
+        except BaseException:
+            workers.end()
+            self._workers = None
+            raise
 
     def passes(self, plans: Sequence[Plan]) -> list[list[int]]:
         """Numbers of the plans that are made together: as `engine.passes`, and so that no process is idle
