@@ -3,8 +3,8 @@ given, to kill some. Run as a script; see `test_together.py`.
 
 A line: {"sources", "out", "size", "kills": {rank: seconds}, "all_after": seconds or null, "silent_seconds",
 "staging", which an output in a store needs}. `all_after`: then every other rank is killed too, as launchers
-do. The answer: {"killed": ranks, "seconds",
-"outcomes": {rank: bytes resumed, or what it failed with}}.
+do. The answer: {"killed": ranks, "seconds", "outcomes": {rank: bytes resumed, or what it failed with}}. In
+the first line, which is for warming up: "slower_seconds", of each write, and "driver", of a store, or null.
 """
 
 import json
@@ -13,6 +13,8 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,6 @@ from pma import engine, trajectory
 from pma.engine import Crew, MergeOptions
 from pma.errors import PmaError
 from pma.remote import location
-
-# a write: ten chunks among some ranks; they meet first, and most kills shall fall later
-SLOWER_SECONDS = 0.03
 
 
 def _rank(job: dict[str, Any], rank: int) -> Any:
@@ -62,30 +61,44 @@ def _forked(job: dict[str, Any], rank: int) -> tuple[int, int]:
 def _carried_out(job: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
     children = {rank: _forked(job, rank) for rank in range(job["size"])}
-    deaths = sorted((seconds, int(rank)) for rank, seconds in job["kills"].items())
-    for seconds, rank in deaths:
+    killed: dict[int, bool] = {}
+
+    def kill(rank: int) -> None:
+        if rank not in killed:
+            os.kill(children[rank][0], signal.SIGKILL)
+            # at once, as launchers do: one that is not waited for looks to the others as if it lived
+            killed[rank] = os.WIFSIGNALED(os.waitpid(children[rank][0], 0)[1])
+
+    for seconds, rank in sorted((seconds, int(rank)) for rank, seconds in job["kills"].items()):
         time.sleep(max(started + seconds - time.monotonic(), 0))
-        os.kill(children[rank][0], signal.SIGKILL)
+        kill(rank)
     if job["all_after"] is not None:
         time.sleep(job["all_after"])
-        for child, _ in children.values():
-            os.kill(child, signal.SIGKILL)
-    outcomes, killed = {}, []
+        for rank in children:
+            kill(rank)
+    outcomes = _outcomes(children)
+    seconds = time.monotonic() - started
+    return {"killed": [rank for rank in killed if killed[rank]], "outcomes": outcomes, "seconds": seconds}
+
+
+def _outcomes(children: dict[int, tuple[int, int]]) -> dict[int, Any]:
+    outcomes = {}
     for rank, (child, reading) in children.items():
-        _, status = os.waitpid(child, 0)
+        with suppress(ChildProcessError):  # waited for when it was killed
+            os.waitpid(child, 0)
         said = os.read(reading, 65536)
         os.close(reading)
-        if os.WIFSIGNALED(status):
-            killed.append(rank)
         if said:
             outcomes[rank] = json.loads(said)
-    return {"killed": killed, "seconds": time.monotonic() - started, "outcomes": outcomes}
+    return outcomes
 
 
 def main() -> None:
     warm = json.loads(sys.stdin.readline())
     _rank(warm, 0)
-    slow_down(SLOWER_SECONDS)
+    if warm["driver"] is not None:
+        import_module(warm["driver"])  # of a store: a second that every rank would need
+    slow_down(warm["slower_seconds"])
     print(json.dumps({"ready": True, "killed": [], "outcomes": {}}), flush=True)
     for line in sys.stdin:
         print(json.dumps(_carried_out(json.loads(line))), flush=True)

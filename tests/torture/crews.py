@@ -10,15 +10,16 @@ from pma.testing import tiny_run
 
 
 class Server:
-    """One such process, with the environment of now."""
+    """One such process, with the environment of now. A write takes `slower_seconds` more in it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, slower_seconds: float = 0.03, driver: str | None = None) -> None:
         script = Path(__file__).with_name("crew_server.py")
         self._process = subprocess.Popen(
             [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         sources = [str(path) for path in tiny_run(folder / "tiny", steps=3)]
-        assert self.ask({"sources": sources, "out": str(folder / "warm"), "size": 1})["ready"]
+        warm = {"sources": sources, "out": str(folder / "warm"), "size": 1}
+        assert self.ask({**warm, "slower_seconds": slower_seconds, "driver": driver})["ready"]
 
     def ask(self, job: dict[str, Any]) -> dict[str, Any]:
         """What became of a merge; see `crew_server.py`."""
