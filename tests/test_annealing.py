@@ -182,7 +182,7 @@ def test_a_probe_is_a_twentieth_of_the_way() -> None:
 def quadratic_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A text whose losses are those of the quadratic."""
     monkeypatch.setattr("pma.evaluation.measures.text_measure", lambda *_, **__: bench(None).measure)  # type: ignore[arg-type]
-    monkeypatch.setattr("pma.sweeping.evaluating._load_scorer", lambda: lambda tensors, path, **_: tensors)
+    monkeypatch.setattr("pma.evaluation.making.default_load", lambda: lambda tensors, path, **_: tensors)
     path = tmp_path / "text.txt"
     path.write_text("\n<|endoftext|>\n".join(f"a document, {i}" for i in range(12)))
     return path

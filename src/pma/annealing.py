@@ -14,6 +14,7 @@ from pma import sweeping, trajectory
 from pma.engine import MergeOptions, Plan
 from pma.errors import InputError
 from pma.evaluation.evaluate import Evaluation, loss_difference
+from pma.evaluation.making import Load
 from pma.evaluation.measures import TEXT, Measure
 from pma.forecast.calibration import Calibration, Case, Decay
 from pma.forecast.outlook import Outlook, outlook
@@ -23,7 +24,7 @@ from pma.forecast.windows import probe_windows
 from pma.pretraining import fork, run_folder
 from pma.pretraining.train import Progress
 from pma.results import Store
-from pma.sweeping.evaluating import Asked, Load, evaluate_each
+from pma.sweeping.evaluating import Asked, evaluate_each
 from pma.trajectory import KEPT_FOLDER, Phase, Trajectory, TrajectoryPoint
 
 #: a probe's length, of the steps from the run's beginning to the end of the decay

@@ -5,6 +5,7 @@ one room.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 
     from pma.analysis.keeping import Budget
     from pma.analysis.looking import Look
-    from pma.diagnosis.diagnosing import Diagnosis
+    from pma.diagnosis.diagnosing import Diagnosis, Reading
     from pma.evaluation.evaluate import Evaluation
+    from pma.evaluation.making import Measuring
     from pma.evaluation.tasks import Task, TaskResult
 
 __all__ = [
@@ -177,13 +179,16 @@ def diagnose(
     *,
     log: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    reading: Reading | None = None,
 ) -> Diagnosis:
     """What the checkpoints and the log say about merging them; each checkpoint is read once.
 
     Of a run without a window the newest checkpoints are taken, `MOST_BY_DEFAULT` at most. `log`: the
-    training log, where it is not in the run's folder. Raises InputError for a single checkpoint.
+    training log, where it is not in the run's folder. `reading`: reads the checkpoints, by default here.
+    Raises InputError for a single checkpoint.
     """
     from pma.diagnosis.diagnosing import diagnose as diagnosed
+    from pma.engine.gram import inner_products
 
     choice, is_run = newest_by_default(choice), _is_run(choice)
     curves = None
@@ -193,7 +198,7 @@ def diagnose(
         if log is not None:
             raise
     with plan(choice, options) as planned:
-        return diagnosed(planned, curves, progress=progress)
+        return diagnosed(planned, curves, progress=progress, reading=reading or inner_products)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,27 +233,44 @@ def evaluate_with_tasks(
     cloze: int = 400,
     context_tokens: int | None = None,
     announce: Callable[[str], None] | None = None,
+    measuring: Measuring | None = None,
 ) -> tuple[list[Evaluation], list[list[TaskResult]]]:
     """Each candidate's evaluation on `documents` (none if there are none), and its results on `tasks`.
 
-    A model is made once for both. `tasks` as in `pma.evaluation.tasks.prepared`.
+    A model is made once for both. `tasks` as in `pma.evaluation.tasks.prepared`. `measuring`: has all models
+    measured elsewhere; by default here, one after the other.
     """
-    from pma.evaluation.evaluate import evaluate as evaluate_one
-    from pma.evaluation.model import load_scorer
-    from pma.evaluation.tasks import run_task
+    from pma.evaluation.making import Wanted, measured
+    from pma.evaluation.measures import TEXT, task_measure, task_name, text_measure
 
-    evaluations, results = [], []
-    for candidate in candidates:
-        if announce is not None:
-            announce(candidate.name)
-        with plan(candidate.choice, candidate.options) as planned:
-            tensors = engine.average(planned)
-            like = planned.sources[-1].point.path
-        scorer = load_scorer(tensors, like, context_tokens=context_tokens)
-        if documents:
-            evaluations.append(evaluate_one(candidate.name, scorer, documents, cloze=cloze))
-        results.append([run_task(scorer, task) for task in tasks])
-    return evaluations, results
+    measures = [task_measure(task, context_tokens=context_tokens) for task in tasks]
+    if documents:
+        measures.insert(0, text_measure(documents, cloze=cloze, context_tokens=context_tokens))
+    found: list[dict[str, Any]] = [{} for _ in candidates]
+
+    def run(numbers: Sequence[int], measuring: Measuring, begun: Callable[[str], None]) -> None:
+        with ExitStack() as opened:
+            asked = [candidates[number] for number in numbers]
+            plans = [opened.enter_context(plan(each.choice, each.options)) for each in asked]
+            measuring(
+                [
+                    Wanted(plan=planned, name=each.name, measures=measures)
+                    for planned, each in zip(plans, asked, strict=True)
+                ],
+                lambda place, measure, result: found[numbers[place]].update({measure.name: result}),
+                context_tokens=context_tokens,
+                begun=lambda place: begun(asked[place].name),
+            )
+
+    if measuring is not None:
+        run(range(len(candidates)), measuring, announce or (lambda name: None))
+    else:
+        for number, candidate in enumerate(candidates):
+            if announce is not None:
+                announce(candidate.name)
+            run([number], measured, lambda name: None)
+    evaluations = [results[TEXT] for results in found] if documents else []
+    return evaluations, [[results[task_name(task.name)] for task in tasks] for results in found]
 
 
 def held_out_documents(texts: Sequence[Path], path: Path) -> list[Document]:

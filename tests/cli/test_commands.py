@@ -372,15 +372,15 @@ FLAGS = {
     "--on --out --pattern --per-node --preset --ray-address --scheme --sha256 --staging --threads --to --use "
     "--weights --with-optimizer",
     "sweep": "--allow-mixed-phases --allow-nonfinite --at --best --break-lock --budget --cloze --context "
-    "--copy --dtype --every --exclude --fresh --json --last --limit --memory --scheme --search --staging "
-    "--store --tasks --text --threads --use --weights --write",
+    "--copy --dtype --every --exclude --fresh --json --last --limit --memory --on --per-node --ray-address "
+    "--scheme --search --staging --store --tasks --text --threads --use --weights --write",
     "verify": "--full --json --samples",
-    "eval": "--annealed --at --cloze --context --every --json --last --limit --merge --preset --scheme "
-    "--tasks --text --use --weights",
+    "eval": "--annealed --at --cloze --context --every --json --last --limit --merge --on --per-node "
+    "--preset --ray-address --scheme --tasks --text --threads --use --weights",
     "report": "--json --out",
     "spikes": "--grad-norm-name --json --last --log --loss-name --pattern --step-name",
-    "diagnose": "--as-given --at --every --exclude --json --last --log --memory --pattern --preset --store "
-    "--text --threads",
+    "diagnose": "--as-given --at --every --exclude --json --last --log --memory --on --pattern --per-node "
+    "--preset --ray-address --store --text --threads",
     "forecast": "--anneal --annealed --batch --calibration --context --curve --floor --from --json --law "
     "--out --probe --schedule --seed --steps --store --target --text --tokens --warmup",
     "pretrain": "--anneal --checkpoint-every --epochs --final-learning-rate --fork-from --instructions "

@@ -23,9 +23,9 @@ from pma.engine import Crew, MergeOptions, blocks, journal, lease, partition, pr
 from pma.engine import building as building_module
 from pma.engine.attempt import attempt
 from pma.engine.building import Building, kept_up
-from pma.engine.journal import JOURNAL_FILE, Followed, journals_of_others
+from pma.engine.journal import JOURNAL_FILE, Followed, Journal, journals_of_others
 from pma.engine.lease import LEASE_FILE, Lease, is_gone, this_process
-from pma.engine.staging import staging_folder
+from pma.engine.staging import make_staging_folder, staging_folder
 from pma.engine.stopping import StopFlag
 from pma.engine.together import part as part_module
 from pma.engine.together.driver import Driver
@@ -176,7 +176,7 @@ def test_a_stale_view_is_named_before_anything_is_written(
 ) -> None:
     stale = copied_with(run, tmp_path / "stale" / "run", lambda file: os.utime(file, ns=(0, 77)))
     # as seen at the same place: what a plan says of paths is not what differs here
-    monkeypatch.setattr(provenance, "_absolute", lambda path: tmp_path / "run" / path.name)
+    monkeypatch.setattr(provenance, "absolute", lambda path: tmp_path / "run" / path.name)
     view = part_module.view
 
     def as_there(planned: engine.Plan) -> dict[str, object]:
@@ -394,20 +394,48 @@ def test_the_end_of_a_process_on_this_machine_is_noticed_at_once(
     dead: int,
 ) -> None:
     """What a rank says of its process is true of one that has ended; the other one notices."""
-    ended = subprocess.Popen([sys.executable, "-S", "-c", ""])
-    ended.wait()
-    process = {**this_process(), "pid": ended.pid}
-    assert is_gone(process)
-    assert not is_gone(this_process())
-    for other in ({**process, "pids": 1}, {**process, "host": "elsewhere"}, {}):
-        assert not is_gone(other)
+    ends = subprocess.Popen(["sleep", "60"])
+    process = {**this_process(), "pid": ends.pid}
+    assert not is_gone(process)
     monkeypatch.setattr(lease if dead == 0 else part_module, "this_process", lambda: process)
-    written(lambda number: time.sleep(0.1))
+
+    def before(number: int) -> None:
+        ends.kill()
+        ends.wait()
+        time.sleep(0.1)
+
+    written(before)
     crews = {0: crew(0, 2, join_seconds=2, silent_seconds=2)}
     done = together(run, tmp_path / "out", 2, crews=crews, save_seconds=0.01)
+    assert is_gone(process)
+    for other in ({**process, "pids": 1}, {**process, "host": "elsewhere"}, {}):
+        assert not is_gone(other)
     assert isinstance(done[1 - dead], Interrupted)
-    said = f"the end of process {ended.pid}" if dead == 0 else "the end of rank 1 on node1"
+    said = f"the end of process {ends.pid}" if dead == 0 else "the end of rank 1 on node1"
     assert said in str(done[1 - dead])
+
+
+def test_who_was_killed_before_parts_were_handed_out_is_not_waited_for(
+    run: list[Path], tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    """Its lease and words are there when the next launch comes, whose rank 0 comes last."""
+    ended = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    ended.wait()
+    folder = make_staging_folder(tmp_path / "out")
+    holder = {**this_process(), "pid": ended.pid, "token": "ab" * 16}
+    (folder / LEASE_FILE).write_text(json.dumps(holder))
+    words = Journal(folder, journal.driver_journal(holder["token"]), new=True)
+    with plan(run) as planned:
+        words.start({"who": "rank 0 on node0", "size": 2, "files": 2, "view": part_module.view(planned)})
+    words.close()
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(together, run, tmp_path / "out", 2, ranks=[1])
+        time.sleep(0.3)
+        leading = together(run, tmp_path / "out", 2, ranks=[0])
+        done = [*leading, *first.result()]
+    assert all(isinstance(one, engine.Merge) for one in done), done
+    assert weights(tmp_path / "out") == expected
+    assert not hidden(tmp_path)
 
 
 def drivers(folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import json
+import pickle
 import random
 import socket
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import torch
 from scipy import stats
 
 from pma import verbs
-from pma.errors import InputError, MissingExtra, UsageError
+from pma.errors import InputError, MismatchError, MissingExtra, UsageError
 from pma.evaluation.model import load_scorer
 from pma.evaluation.paired import mean_estimate, stratified_mean
 from pma.evaluation.scoring import Scorer
@@ -329,6 +330,19 @@ def test_every_model_sees_the_same_examples(run: Path, own: Path) -> None:
     assert first.harness["n-shot"] == {"big": 2}
     assert first.parts == second.parts
     assert len(first.parts[0].loglikelihoods) == 5
+
+
+def test_a_task_sent_to_another_process_is_the_same_there(run: Path, own: Path, tmp_path: Path) -> None:
+    scorer = scorer_of(run / "checkpoint-10", context_tokens=256)
+    with prepared(["both_True", str(run.parent / "evals")], limit=3) as (tasks, _):
+        here = [run_task(scorer, task) for task in tasks]
+        sent = pickle.dumps(tasks)
+    there = pickle.loads(sent)
+    assert [run_task(scorer, task).parts for task in there] == [result.parts for result in here]
+    (own / "big.jsonl").write_text(json.dumps({"context": "other", "choices": ["a", "b"], "gold": 0}) + "\n")
+    group = next(task for task in pickle.loads(sent) if task.name == "both_True")
+    with pytest.raises(MismatchError, match="other items here"):
+        group.load()
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
+from typing import Any
 
+import fsspec
 import pytest
 from typer.testing import CliRunner, Result
 
 from pma.cli import app
+from pma.remote import RemotePath, location
 from pma.testing import tiny_run
 
 from .conftest import SECRET, Bucket
@@ -259,3 +264,49 @@ def test_credentials_are_never_shown(run: Path, bucket: Bucket, tmp_path: Path) 
     for secret in (SECRET, "an-access-key", "a-password", "a-signature"):
         assert secret not in text
     assert [result.exit_code for result in told] == [0, 3, 3, 3, 2]
+
+
+def test_a_listing_that_another_thread_asked_for_before_a_change_is_not_remembered(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = location(f"{bucket.url}/out")
+    assert isinstance(folder, RemotePath)
+    bucket.driver.pipe_file(f"{bucket.name}/out/file", b"1")
+    driver = folder.store._driver
+    ask, changed = driver.ls, Event()
+
+    def slow(*where: Any, **how: Any) -> Any:
+        answer = ask(*where, **how)
+        changed.wait(10)
+        return answer
+
+    monkeypatch.setattr(driver, "ls", slow)
+    with ThreadPoolExecutor(1) as pool:
+        before = pool.submit(folder.store.listing, folder.place)
+        time.sleep(0.5)
+        bucket.driver.pipe_file(f"{bucket.name}/out/file", b"22")
+        folder.store.forget(folder.place)
+        changed.set()
+        assert before.result()["file"].size_bytes == 1
+    assert folder.store.listing(folder.place)["file"].size_bytes == 2
+
+
+def test_what_arrived_is_not_what_another_thread_listed(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its listing is of before, and comes just before we look."""
+    path = location(f"{bucket.url}/out/file")
+    assert isinstance(path, RemotePath)
+    driver, other = path.store._driver, fsspec.filesystem("s3", skip_instance_cache=True)
+    forget = driver.invalidate_cache
+
+    def lists(*where: Any) -> None:
+        forget(*where)
+        other.pipe_file(f"{bucket.name}/out/file", b"1")
+        assert driver.ls(f"{bucket.name}/out", detail=True)[0]["size"] == 1
+        other.pipe_file(f"{bucket.name}/out/file", b"22")
+
+    monkeypatch.setattr(driver, "invalidate_cache", lists)
+    found = path.store.entry(path.place)
+    assert found is not None
+    assert found.size_bytes == 2

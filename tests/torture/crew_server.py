@@ -1,8 +1,9 @@
 """A process that has everything imported and compiled, and forks the ranks of one merge for each line it is
 given, to kill some. Run as a script; see `test_together.py`.
 
-A line: {"sources", "out", "size", "kills": {rank: seconds}, "all_after": seconds or null, "silent_seconds"}.
-`all_after`: then every other rank is killed too, as launchers do. The answer: {"killed": ranks, "seconds",
+A line: {"sources", "out", "size", "kills": {rank: seconds}, "all_after": seconds or null, "silent_seconds",
+"staging", which an output in a store needs}. `all_after`: then every other rank is killed too, as launchers
+do. The answer: {"killed": ranks, "seconds",
 "outcomes": {rank: bytes resumed, or what it failed with}}.
 """
 
@@ -21,6 +22,7 @@ from fork_server import slow_down
 from pma import engine, trajectory
 from pma.engine import Crew, MergeOptions
 from pma.errors import PmaError
+from pma.remote import location
 
 # a write: ten chunks among some ranks; they meet first, and most kills shall fall later
 SLOWER_SECONDS = 0.03
@@ -29,11 +31,15 @@ SLOWER_SECONDS = 0.03
 def _rank(job: dict[str, Any], rank: int) -> Any:
     points = trajectory.from_checkpoints([Path(path) for path in job["sources"]]).points
     with engine.plan(points, MergeOptions(threads=2)) as plan:
-        if job["size"] == 1:
-            return write_those_missing([(plan, Path(job["out"]))], save_seconds=0.01)
-        how = {"join_seconds": 3 * job["silent_seconds"], "silent_seconds": job["silent_seconds"]}
-        crew = Crew(rank=rank, size=job["size"], **how)
-        return engine.write(plan, Path(job["out"]), crew=crew, save_seconds=0.01).bytes_resumed
+        out = location(job["out"])
+        if job["size"] == 1 and "staging" not in job:
+            return write_those_missing([(plan, out)], save_seconds=0.01)
+        crew = None
+        if job["size"] > 1:
+            how = {"join_seconds": 3 * job["silent_seconds"], "silent_seconds": job["silent_seconds"]}
+            crew = Crew(rank=rank, size=job["size"], **how)
+        staging = Path(job["staging"]) if "staging" in job else None
+        return engine.write(plan, out, crew=crew, save_seconds=0.01, staging=staging).bytes_resumed
 
 
 def _forked(job: dict[str, Any], rank: int) -> tuple[int, int]:

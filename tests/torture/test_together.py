@@ -2,14 +2,10 @@
 every journal tells the truth, the others stop, and any number of processes goes on to the same bits.
 """
 
-import json
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from blake3 import blake3
@@ -20,35 +16,12 @@ from pma.engine.staging import staging_folder
 from pma.testing import tiny_run
 
 from .checks import check_complete, check_finished, check_journal, weights_of
+from .crews import Server
 
 SHAPES = {"a": (9_000_000,), "b": (3_000_001,), "c": (8_900_000,)}  # ten chunks
 KILLS = 20
 LEAST_RESUMED = 2
 PATIENT_SECONDS, IMPATIENT_SECONDS = 60.0, 1.0
-
-
-class Server:
-    """See `crew_server.py`."""
-
-    def __init__(self, folder: Path) -> None:
-        script = Path(__file__).with_name("crew_server.py")
-        self._process = subprocess.Popen(
-            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        sources = [str(path) for path in tiny_run(folder / "tiny", steps=3)]
-        assert self.ask({"sources": sources, "out": str(folder / "warm"), "size": 1})["ready"]
-
-    def ask(self, job: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(json.dumps(job), file=self._process.stdin, flush=True)
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
-        crashed = [said for said in answer["outcomes"].values() if "Traceback" in str(said)]
-        assert not crashed, crashed[0]
-        return answer
-
-    def close(self) -> None:
-        self._process.communicate()
 
 
 @pytest.fixture(scope="module")

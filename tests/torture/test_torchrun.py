@@ -4,28 +4,32 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
 
-from pma import engine
+from pma import engine, trajectory
 from pma.remote import location
 from pma.testing import tiny_run
 
 from ..remote.conftest import Bucket, bucket, started_server
+from .checks import Weights, check_finished, looks_complete, weights_of
 
 # fixtures
 __all__ = ["bucket", "started_server"]
 
 SHAPES = {"a": (5_000_000,), "b": (3_000_001,), "c": (4_900_000,)}  # seven chunks
-# a rank that dies in its part once, as by SIGKILL; what it wrote is in the journal by then
+# a rank that is killed in its part, once; what it wrote is in the journal by then
 DYING = """
 import os, signal, sys, time
 from pathlib import Path
 from pma.engine.together import part, writing
 from pma.formats.folder_writer import FolderPart
-flag = Path(sys.argv.pop())
-write, dies = FolderPart.write, os.environ["RANK"] == "1" and not flag.exists()
+flag, victim = Path(sys.argv.pop()), sys.argv.pop()
+write, dies = FolderPart.write, os.environ["RANK"] == victim and not flag.exists()
 def slow(*arguments):
     write(*arguments)
     time.sleep(1.5 if dies else 0.2)
@@ -40,18 +44,25 @@ main()
 
 
 def torchrun(
-    size: int, *arguments: object, launcher: tuple[str, ...] = ()
+    size: int,
+    *arguments: object,
+    launcher: tuple[str, ...] = (),
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> subprocess.CompletedProcess[str]:
+    """`meanwhile` is called again and again until it ends."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
+    launched = subprocess.Popen(
         [*command, *launcher, *map(str, arguments)],
-        env=environment,
-        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=240,
-        check=False,
     )
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(launched.communicate, timeout=240)
+        while not wait([ended], timeout=0.05).done:
+            meanwhile()
+    return subprocess.CompletedProcess(launched.args, launched.returncode, *ended.result())
 
 
 @pytest.fixture
@@ -60,8 +71,11 @@ def run(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def weights(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(out.glob("*.safetensors"))}
+@pytest.fixture
+def expected(run: Path, tmp_path: Path) -> Weights:
+    with engine.plan(trajectory.from_checkpoints(sorted(run.iterdir())).points) as plan:
+        engine.write(plan, tmp_path / "one")
+    return weights_of(tmp_path / "one")
 
 
 def test_two_processes_give_one_result_of_the_same_bits(run: Path, tmp_path: Path) -> None:
@@ -78,21 +92,36 @@ def test_two_processes_give_one_result_of_the_same_bits(run: Path, tmp_path: Pat
     assert told.keys() == of_one.keys()
     assert (told["bytes_read"], told["bytes_written"]) == (of_one["bytes_read"], of_one["bytes_written"])
     assert "rank 1 on " in done.stderr
-    assert weights(tmp_path / "out") == weights(tmp_path / "one")
-    assert engine.verify(tmp_path / "out").findings == ()
+    check_finished(tmp_path / "out", weights_of(tmp_path / "one"))
 
 
-def test_a_killed_rank_is_started_again_by_torchrun(run: Path, tmp_path: Path) -> None:
-    """Four processes, one of which dies of SIGKILL: the restart goes on from the journals."""
-    script, flag = tmp_path / "dying.py", tmp_path / "died"
+@pytest.mark.parametrize(("size", "victim"), [(2, 0), (4, 0), (4, 1)])
+def test_a_killed_rank_is_started_again_by_torchrun(
+    run: Path, tmp_path: Path, expected: Weights, size: int, victim: int
+) -> None:
+    """The restart goes on from the journals; at no moment is there an output that is not whole."""
+    script, flag, folder = tmp_path / "dying.py", tmp_path / "died", tmp_path / "work"
     script.write_text(DYING)
-    arguments = ("merge", run, "--last", 3, "--json", "-o", tmp_path / "out", flag)
-    done = torchrun(4, script, *arguments, launcher=("--max-restarts=1",))
+    folder.mkdir()
+    looks: Counter[bool] = Counter()
+
+    def look() -> None:
+        there = (folder / "out").exists()
+        complete = [path for path in folder.iterdir() if looks_complete(path)]
+        assert there or (folder / "out").exists() or not complete, complete
+        if there:
+            assert weights_of(folder / "out") == expected
+        looks[flag.exists()] += not there
+
+    arguments = ("merge", run, "--last", 3, "--json", "-o", folder / "out", victim, flag)
+    done = torchrun(size, script, *arguments, launcher=("--max-restarts=1",), meanwhile=look)
     assert done.returncode == 0, done.stderr[-3000:]
     assert flag.exists()
+    assert min(looks[False], looks[True]) > 3  # before it was killed, and after
     assert json.loads(done.stdout.strip().splitlines()[-1])["bytes_resumed"] > 0
-    assert engine.verify(tmp_path / "out", samples=None).findings == ()
-    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    check_finished(folder / "out", expected)
+    assert engine.verify(folder / "out", samples=None).findings == ()
+    assert list(folder.iterdir()) == [folder / "out"]
 
 
 def test_three_processes_to_s3(bucket: Bucket, run: Path) -> None:

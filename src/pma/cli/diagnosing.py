@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,13 +11,15 @@ import typer
 from pma import verbs
 from pma.cli import looking
 from pma.cli import options as flags
+from pma.cli.on_ray import On, PerNode, RayAddress, Show, nodes_shown, on_ray
 from pma.cli.output import command, note, progress, say, table
+from pma.engine import OnRay
 from pma.errors import UsageError, printable
 from pma.quantities import bytes_text, count_text
 from pma.remote import location
 
 if TYPE_CHECKING:
-    from pma.diagnosis.diagnosing import Diagnosis
+    from pma.diagnosis.diagnosing import Diagnosis, Reading
     from pma.diagnosis.movement import Movement
     from pma.diagnosis.verdict import Advice
 
@@ -55,6 +58,9 @@ def diagnose(
     ] = None,
     threads: flags.Threads = 2,
     memory: flags.Memory = flags.DEFAULT_MEMORY,
+    on: On = None,
+    ray_address: RayAddress = None,
+    per_node: PerNode = None,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
     """Merge, wait, or not here, and with which window: what the newest checkpoints and the log tell. How far
@@ -63,7 +69,8 @@ def diagnose(
     Each is read once; nothing is written or evaluated. Without --last it takes the newest 20.
 
     With --text models are evaluated: last, the merge, and what lies on the line through them; half of the
-    documents are to choose by, and the other half is reported on.
+    documents are to choose by, and the other half is reported on. That is in this process, also with --on
+    ray, which shares out the reading.
 
     Example: pma diagnose runs/7b --last 12 --every 8B
 
@@ -71,6 +78,7 @@ def diagnose(
     """
     if store is not None and not text:
         raise UsageError("--store keeps what --text gives, of which there is none")
+    ray = on_ray(on, ray_address, per_node)
     chosen = flags.choice(
         sources,
         last=last,
@@ -82,7 +90,8 @@ def diagnose(
     )
     options = flags.merge_options("sma", exclude=exclude, threads=threads, memory=memory)
     look = looking.planned(chosen, options, text, store) if text else None
-    done = _read(chosen, options, log, quiet=json_output)
+    with nodes_shown(as_json=json_output) as show_nodes:
+        done = _read(chosen, options, log, _reading(ray, show_nodes), quiet=json_output)
     if not json_output:
         show(done)
     if look is None:
@@ -93,9 +102,24 @@ def diagnose(
     return {**done.to_json(), "look": looked}
 
 
-def _read(chosen: verbs.Choice, options: verbs.MergeOptions, log: Path | None, *, quiet: bool) -> Diagnosis:
+def _reading(ray: OnRay | None, show: Show) -> Reading | None:
+    if ray is None:
+        return None
+    from pma.engine.on_ray.products import inner_products
+
+    return partial(inner_products, on=ray, show=show, tell=note)
+
+
+def _read(
+    chosen: verbs.Choice,
+    options: verbs.MergeOptions,
+    log: Path | None,
+    reading: Reading | None,
+    *,
+    quiet: bool,
+) -> Diagnosis:
     if quiet:
-        return verbs.diagnose(chosen, options, log=log)
+        return verbs.diagnose(chosen, options, log=log, reading=reading)
     with progress("reading", 1) as bar:
         seen = [0]
 
@@ -103,7 +127,7 @@ def _read(chosen: verbs.Choice, options: verbs.MergeOptions, log: Path | None, *
             seen[0] += read
             bar(seen[0] / max(total, 1), f"{bytes_text(seen[0])} of {bytes_text(total)}")
 
-        return verbs.diagnose(chosen, options, log=log, progress=moved)
+        return verbs.diagnose(chosen, options, log=log, progress=moved, reading=reading)
 
 
 def show(done: Diagnosis) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from pma import verbs
 from pma.cli import options as flags
+from pma.cli.on_ray import ModelsPerNode, On, RayAddress, evaluating, on_ray
 from pma.cli.output import command, note, say, table
 from pma.engine import SNAPSHOTS
 from pma.errors import UsageError
@@ -52,6 +54,10 @@ def evaluate(
     tasks: flags.Tasks = None,
     limit: flags.TaskLimit = None,
     weights: flags.TaskWeights = None,
+    threads: flags.Threads = 2,
+    on: On = None,
+    ray_address: RayAddress = None,
+    per_node: ModelsPerNode = None,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
     """Held-out loss, bits per byte and a cloze task of checkpoints, or of a window merged in memory; or
@@ -66,6 +72,7 @@ def evaluate(
     """
     if weights is not None and not tasks:
         raise UsageError("--weights weighs --tasks, of which there are none")
+    ray = on_ray(on, ray_address, per_node)
     candidates = _candidates(
         sources, merge, scheme, use, annealed, {"last": last, "every": every, "at": at, "preset": preset}
     )
@@ -75,14 +82,16 @@ def evaluate(
     with flags.prepared_tasks(tasks, limit, weights) as (ready, shares):
         what = [f"{len(documents)} documents"] if documents else []
         what += [f"{len(ready)} task{'' if len(ready) == 1 else 's'}"] if ready else []
-        evaluations, scored = verbs.evaluate_with_tasks(
-            candidates,
-            documents,
-            ready,
-            cloze=cloze,
-            context_tokens=context,
-            announce=lambda name: note(f"evaluating {name} on {' and '.join(what)}"),
-        )
+        with evaluating(ray, threads=threads, per_node=per_node, as_json=json_output) as engines:
+            evaluations, scored = verbs.evaluate_with_tasks(
+                [replace(each, options=replace(each.options, threads=threads)) for each in candidates],
+                documents,
+                ready,
+                cloze=cloze,
+                context_tokens=context,
+                announce=lambda name: note(f"evaluating {name} on {' and '.join(what)}"),
+                measuring=None if ray is None else engines.measuring,
+            )
     names = [candidate.name for candidate in candidates]
     result = _text_result(evaluations, annealed is not None, show=not json_output) if documents else {}
     if ready:

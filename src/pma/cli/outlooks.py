@@ -105,7 +105,7 @@ def _decay(asked: Asked, tokens_a_step: float | None) -> Decay:
 
 def _announce(missing: Sequence[engine.Plan]) -> None:
     if missing:
-        read = engine.bytes_to_read_by(missing, in_memory=True)
+        read = engine.bytes_to_read_by(missing, engine.passes(missing, in_memory=True))
         note(f"{len(missing)} models are not evaluated yet; reading {bytes_text(read)}")
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pma import engine, sweeping
 from pma.cli import options as flags
+from pma.cli.on_ray import Evaluating
 from pma.cli.output import note, say, table
 from pma.engine import SNAPSHOTS, MergeOptions, Plan
 from pma.errors import UsageError
@@ -53,6 +55,7 @@ def run_search(
     budget: float | Tokens | None,
     store: Path,
     context_tokens: int | None,
+    evaluating: Evaluating,
     *,
     as_json: bool,
 ) -> dict[str, Any]:
@@ -64,7 +67,12 @@ def run_search(
         field = sweeping.field(found, space, plans)
         for reason in field.skipped:
             note(f"skipped: {reason}")
-        how = How(context_tokens=context_tokens, begin=_begin, announce=note)
+        how = How(
+            context_tokens=context_tokens,
+            begin=partial(_begin, evaluating),
+            announce=note,
+            measuring=evaluating.measuring,
+        )
         outcome = sweeping.search(field, plans, documents, budget, opened, how)
     command = merge_command(outcome.winner, sources, space, options)
     result = {"search": sweeping.findings(outcome), "command": command, "store": str(store)}
@@ -73,15 +81,15 @@ def run_search(
     return result
 
 
-def _begin(what: str, missing: Sequence[Plan]) -> None:
+def _begin(evaluating: Evaluating, what: str, missing: Sequence[Plan]) -> None:
     if not missing:
         note(f"{what}: known")
         return
-    passes = len(engine.passes(missing, in_memory=True))
-    read = bytes_text(engine.bytes_to_read_by(missing, in_memory=True))
+    passes = evaluating.passes(missing)
+    read = bytes_text(engine.bytes_to_read_by(missing, passes))
     note(
-        f"{what}: {len(missing)} models are new; {passes} pass{'' if passes == 1 else 'es'} over the "
-        f"checkpoints, reading {read}"
+        f"{what}: {len(missing)} models are new; {len(passes)} pass{'' if len(passes) == 1 else 'es'} over "
+        f"the checkpoints, reading {read}"
     )
 
 

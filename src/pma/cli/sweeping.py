@@ -11,6 +11,7 @@ import typer
 from pma import engine, sweeping, verbs
 from pma.cli import options as flags
 from pma.cli import searching
+from pma.cli.on_ray import Evaluating, ModelsPerNode, On, RayAddress, evaluating, nodes_shown, on_ray
 from pma.cli.output import command, note, say, table
 from pma.cli.transfer import sending, transfer
 from pma.engine import SNAPSHOTS, How, Plan
@@ -19,7 +20,7 @@ from pma.evaluation.measures import Measure, task_measure, text_measure
 from pma.quantities import Steps, Tokens, bytes_text, parse_distance
 from pma.remote import location
 from pma.results import Store
-from pma.sweeping import Grid, Space, Sweep
+from pma.sweeping import Grid, Results, Space, Sweep
 
 _MEMORY = "2GiB"
 _SHOWN = 20
@@ -96,6 +97,9 @@ def sweep(
     memory: Annotated[
         str, typer.Option("--memory", help="Budget for buffers and for merged models.")
     ] = _MEMORY,
+    on: On = None,
+    ray_address: RayAddress = None,
+    per_node: ModelsPerNode = None,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
     """Every combination of windows and schemes, from as few reads of the checkpoints as memory allows.
@@ -126,6 +130,7 @@ def sweep(
         threads=threads,
         memory=memory,
     )
+    ray = on_ray(on, ray_address, per_node)
     lasts, everys, ats = _numbers(last, "--last"), _distances(every), _numbers(at, "--at")
     schemes = tuple(scheme.split(",")) if scheme else None
     kept = store or sweeping.store_beside(sources[0])
@@ -141,9 +146,10 @@ def sweep(
         )
         documents = verbs.held_out_documents(text or (), sources[0])
         spend = searching.parsed_budget(budget)
-        return searching.run_search(
-            sources, space, options, documents, spend, kept, context, as_json=json_output
-        )
+        with evaluating(ray, threads=threads, per_node=per_node, as_json=json_output) as engines:
+            return searching.run_search(
+                sources, space, options, documents, spend, kept, context, engines, as_json=json_output
+            )
     if budget is not None or best is not None:
         raise UsageError("--budget and --best go with --search")
     if lasts is None:
@@ -161,6 +167,7 @@ def sweep(
             how = How(
                 staging=staging, fresh=fresh, break_lock=break_lock, sending=sending(as_json=json_output)
             )
+            how |= {"ray": ray, "tell": note}
             _write(planned, write, result, how, as_json=json_output)
         if write is None or text or tasks:
             documents = verbs.held_out_documents(text or (), sources[0]) if text or not tasks else []
@@ -168,7 +175,10 @@ def sweep(
                 measures = [task_measure(task, context_tokens=context) for task in ready]
                 if documents:
                     measures.insert(0, text_measure(documents, cloze=cloze, context_tokens=context))
-                _evaluate(planned, measures, shares, kept, context, result)
+                with evaluating(ray, threads=threads, per_node=per_node, as_json=json_output) as engines:
+                    done, told = _evaluate(planned, measures, kept, context, engines)
+                rows = sweeping.rows(planned, done, shares)
+                result |= {"rows": rows, **told, "pictures": _draw(rows, kept.parent / "sweep")}
             if not json_output:
                 _show(result)
     return result
@@ -177,21 +187,28 @@ def sweep(
 def _evaluate(
     planned: Sweep,
     measures: list[Measure],
-    weights: dict[str, float],
     store: Path,
     context: int | None,
-    result: dict[str, Any],
-) -> None:
+    engines: Evaluating,
+) -> tuple[dict[int, Results], dict[str, Any]]:
+    """What was measured of each plan, and how it came about."""
+    told: dict[str, Any] = {"store": str(store)}
+
     def begin(missing: Sequence[Plan]) -> None:
-        _announce("evaluation", missing, len(planned.plans), result)
+        passes = engines.passes(missing) if missing else []
+        told.update(_announced_passes("evaluation", missing, passes, len(planned.plans)))
 
     with Store(store) as opened:
-        done, known = sweeping.evaluate(
-            planned, measures, opened, context_tokens=context, announce=note, begin=begin
+        done, told["from_store"] = sweeping.evaluate(
+            planned,
+            measures,
+            opened,
+            context_tokens=context,
+            announce=note,
+            begin=begin,
+            measuring=engines.measuring,
         )
-    rows = sweeping.rows(planned, done, weights)
-    pictures = _draw(rows, store.parent / "sweep")
-    result |= {"rows": rows, "from_store": known, "store": str(store), "pictures": pictures}
+    return done, told
 
 
 def _numbers(text: str | None, flag: str) -> tuple[int, ...] | None:
@@ -217,24 +234,31 @@ def _announced(planned: Sweep) -> dict[str, Any]:
     return {"merges": len(planned.cells), "distinct": distinct, "skipped": list(planned.skipped)}
 
 
-def _announce(kind: str, missing: Sequence[Plan], of: int, result: dict[str, Any]) -> None:
-    """Say what is to be made, in how many passes, from how many bytes; and put it into the result."""
-    in_memory = kind == "evaluation"
-    passes = len(engine.passes(missing, in_memory=in_memory))
-    read = engine.bytes_to_read_by(missing, in_memory=in_memory)
+def _announced_passes(
+    kind: str, missing: Sequence[Plan], passes: Sequence[Sequence[int]], of: int
+) -> dict[str, Any]:
+    """Say what is to be made, in how many passes, from how many bytes; and return it."""
+    read = engine.bytes_to_read_by(missing, passes)
     note(
-        f"{kind}: {len(missing)} of {of} distinct models are new; {passes} "
-        f"pass{'' if passes == 1 else 'es'} over the checkpoints, reading {bytes_text(read)}"
+        f"{kind}: {len(missing)} of {of} distinct models are new; {len(passes)} "
+        f"pass{'' if len(passes) == 1 else 'es'} over the checkpoints, reading {bytes_text(read)}"
     )
-    result[f"{kind}_passes"], result[f"{kind}_bytes_to_read"] = passes, read
+    return {f"{kind}_passes": len(passes), f"{kind}_bytes_to_read": read}
 
 
 def _write(planned: Sweep, folder: Path, result: dict[str, Any], how: How, *, as_json: bool) -> None:
     missing = [plan for plan, _ in sweeping.unwritten(planned, folder)]
-    _announce("writing", missing, result["distinct"], result)
+    if how.get("ray") is None:
+        passes = engine.passes(missing, in_memory=False)
+    else:  # one after the other, each by all nodes
+        passes = [[number] for number in range(len(missing))]
+    result |= _announced_passes("writing", missing, passes, result["distinct"])
     total = sum(plan.bytes_to_write for plan in missing)
-    with transfer("writing", total, as_json=as_json) as show:
-        how["progress"] = show
+    with (
+        nodes_shown(as_json=as_json) as show_nodes,
+        transfer("writing", total, as_json=as_json) as show,
+    ):
+        how |= {"progress": show, "show_nodes": show_nodes}
         written = sweeping.write(planned, folder, **how)
     if not as_json:
         for path in sorted({path for _, path in written}):

@@ -1,4 +1,6 @@
-"""What is asked of Ray: which nodes there are, tasks on a node of our choice, and what became of them."""
+"""What is asked of Ray: which nodes there are, tasks and objects on a node of our choice, and what became of
+them.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +37,13 @@ class OnRay:
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """A node that lives. `slots`: parts that it may work on at once."""
+    """A node that lives. `slots`: parts that it may work on at once; `cores`, `gpus`: what it has."""
 
     key: str
     name: str
     slots: int
     cores: float
+    gpus: float = 0.0
 
 
 @dataclass(kw_only=True)
@@ -80,6 +83,7 @@ class Cluster:
                 name=_name(node, alone=times[node["NodeManagerHostname"]] == 1),
                 slots=int(node["Resources"].get(IO_RESOURCE, self._on.per_node)),
                 cores=node["Resources"]["CPU"],
+                gpus=node["Resources"].get("GPU", 0.0),
             )
             for node in alive
         ]
@@ -120,12 +124,49 @@ class Cluster:
         with suppress(self._ray.exceptions.RayError):
             self._ray.cancel(task)
 
+    def begin(self, node: Node, kind: type, *arguments: object, cores: float, gpus: float = 0.0) -> Any:
+        """Have a node make an object of `kind`, in a process of its own, as soon as it has so much to give;
+        returns what `ask` takes. It stays until `end`, or until this process or its own ends.
+        """
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        made = self._ray.remote(kind).options(
+            num_cpus=cores,
+            num_gpus=gpus,
+            max_restarts=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node.key, soft=False),
+        )
+        return made.remote(*arguments)
+
+    def ask(self, made: Any, method: str, *arguments: object) -> Any:
+        """Have what `begin` returned call a method of its object, after all that was asked before; returns
+        the task.
+        """
+        return getattr(made, method).remote(*arguments)
+
+    def end(self, made: Sequence[Any]) -> None:
+        """End the processes of what `begin` returned, by force."""
+        for one in made:
+            with suppress(Exception):  # it ended, or Ray is going
+                self._ray.kill(one)
+
+    def keep(self, value: object) -> Any:
+        """Keep a value for the nodes, which get it by `kept`."""
+        return self._ray.put(value)
+
     def call_off(self, tasks: Sequence[Any], seconds: float) -> None:
         """Wait some seconds at most for tasks that are about to end. Those that go on are ended by Ray when
         this process leaves the cluster, within a tenth of a second.
         """
         if tasks:
             self._ray.wait(list(tasks), num_returns=len(tasks), timeout=seconds)
+
+
+def kept(reference: Any) -> Any:
+    """On a node: the value that `Cluster.keep` gave a reference to."""
+    import ray
+
+    return ray.get(reference)
 
 
 def _name(node: dict[str, Any], *, alone: bool) -> str:

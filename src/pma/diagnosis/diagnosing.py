@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from pma.diagnosis.groups import GROUPS, group_of
 from pma.diagnosis.movement import Movement, movement
 from pma.diagnosis.verdict import Advice, Verdict
 from pma.engine import Plan
-from pma.engine.gram import InnerProducts, inner_products
+from pma.engine.gram import GroupOf, InnerProducts, inner_products
 from pma.engine.stream import Progress
 from pma.errors import InputError
 from pma.logs import Breakaway, TrainingCurves, breakaways
@@ -59,10 +59,22 @@ class Diagnosis:
         }
 
 
+class Reading(Protocol):
+    """What reads checkpoints for their inner products: `gram.inner_products`, or it on many nodes."""
+
+    def __call__(
+        self, plan: Plan, group_of: GroupOf, *, progress: Progress | None = None
+    ) -> InnerProducts: ...
+
+
 def diagnose(
-    plan: Plan, curves: TrainingCurves | None = None, *, progress: Progress | None = None
+    plan: Plan,
+    curves: TrainingCurves | None = None,
+    *,
+    progress: Progress | None = None,
+    reading: Reading = inner_products,
 ) -> Diagnosis:
-    """Read the plan's checkpoints once and tell what they and the log say.
+    """Read the plan's checkpoints once, by `reading`, and tell what they and the log say.
 
     Raises InputError for a single checkpoint, NonfiniteError for NaN or infinity in any.
     """
@@ -72,7 +84,7 @@ def diagnose(
             f"{points[0].path} is a single checkpoint, which tells nothing of how the weights move; a "
             "diagnosis needs at least two of a run, better ten or more (--last)"
         )
-    products = inner_products(plan, group_of, progress=progress)
+    products = reading(plan, group_of, progress=progress)
     notes = []
     steps = [point.step for point in points if point.step is not None]
     if len(steps) == len(points) and all(a < b for a, b in pairwise(steps)):

@@ -25,6 +25,7 @@ from pma.engine.on_ray import writing as on_ray
 from pma.engine.plan import Plan
 from pma.engine.staging import built_at, make_private, private_folder
 from pma.engine.together import writing as together
+from pma.engine.together.hands import remove_left_over
 from pma.engine.together.in_store import as_begun, refuse_in_store
 from pma.engine.together.places import stamp_of
 from pma.engine.work import shared_work
@@ -132,6 +133,7 @@ def _delivered(plan: Plan, merge: Merge, out: RemotePath, how: How) -> Merge:
         with _goes_on(sending):
             sending.run(how)
         shutil.rmtree(local, ignore_errors=True)
+        remove_left_over(out, how.get("staging"))  # several processes may have begun it
     finally:
         lease.release()
     seconds = time.monotonic() - started

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,9 +48,18 @@ class InnerProducts:
     bytes_read: int
 
 
-def inner_products(
-    plan: Plan, group_of: Callable[[str], str], *, progress: Progress | None = None
-) -> InnerProducts:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sums:
+    """Of some blocks: lower triangles of inner products, the newest checkpoint itself the last row."""
+
+    gram_GNN: Floats
+    bytes_read: int
+
+
+GroupOf = Callable[[str], str]
+
+
+def inner_products(plan: Plan, group_of: GroupOf, *, progress: Progress | None = None) -> InnerProducts:
     """Read each averaged tensor of the plan's checkpoints once. `group_of`: a tensor's group, by its name.
     `progress`: told bytes read since the last call, and how many there are to read.
 
@@ -58,47 +67,77 @@ def inner_products(
     of fp64 may differ from run to run. Raises NonfiniteError for NaN or infinity, MismatchError where a file
     changed meanwhile.
     """
-    averaged = [name for name, policy in plan.policies.items() if policy is Policy.AVERAGE]
-    groups = tuple(dict.fromkeys(group_of(name) for name in averaged))
-    numbers = {name: groups.index(group_of(name)) for name in averaged}
-    work = work_of(plan)
-    count = len(plan.readers)
+    return of_sums(plan, group_of, sums_of(plan, group_of, progress=progress))
+
+
+def bytes_to_read(plan: Plan) -> int:
+    """Bytes of all checkpoints together that inner products are of."""
+    return plan.bytes_of(Policy.AVERAGE) * len(plan.readers)
+
+
+def sums_of(
+    plan: Plan,
+    group_of: GroupOf,
+    *,
+    numbers: Iterable[int] | None = None,
+    progress: Progress | None = None,
+) -> Sums:
+    """What `inner_products` needs of the blocks `numbers`, all by default; the rest as there."""
+    groups = _groups(plan, group_of)
+    work, count = work_of(plan), len(plan.readers)
     tile_bytes = rows_tile_bytes_within(plan.options.memory_bytes, work.threads, count)
     work = replace(work, tile_bytes=tile_bytes)
-    elements_G = np.zeros(len(groups), np.int64)
-    for name in averaged:
-        per_element = 2 if plan.tensors[name].dtype is DType.C64 else 1
-        elements_G[numbers[name]] += plan.tensors[name].element_count * per_element
-    load_kernel({plan.tensors[name].dtype for name in averaged})
+    load_kernel({plan.tensors[name].dtype for name in groups})
     stop = StopFlag()
     forget_what_does_not_fit(work.readers)
-    ahead = ReadAhead(work, _averaged_only(work), lambda block: [0], stop)
+    blocks = work.blocks if numbers is None else (work.blocks[number] for number in numbers)
+    ahead = ReadAhead(work, _averaged_only(blocks), lambda block: [0], stop)
     workers: list[_Worker] = []
-    bytes_to_read = plan.bytes_of(Policy.AVERAGE) * count
+    group_count, total = len(set(groups.values())), bytes_to_read(plan)
 
     def run() -> None:
-        worker = _Worker(work, numbers, len(groups), ahead, stop)
+        worker = _Worker(work, groups, group_count, ahead, stop)
         workers.append(worker)
-        worker.run(None if progress is None else lambda read: progress(read, bytes_to_read))
+        worker.run(None if progress is None else lambda read: progress(read, total))
 
     in_threads(run, work.threads, ahead, stop)
     provenance.check_unchanged(plan)
-    gram_GNN = sum((worker.summed() for worker in workers), np.zeros((len(groups), count, count)))
-    gram_GNN = np.tril(gram_GNN) + np.tril(gram_GNN, -1).transpose(0, 2, 1)
-    newest_GN = gram_GNN[:, -1].copy()
-    gram_GNN[:, -1] = gram_GNN[:, :, -1] = 0
-    return InnerProducts(
-        groups=groups,
-        elements_G=elements_G,
-        deviations_GNN=gram_GNN,
-        newest_GN=newest_GN,
+    return Sums(
+        gram_GNN=sum((worker.summed() for worker in workers), np.zeros((group_count, count, count))),
         bytes_read=sum(worker.bytes_read for worker in workers),
     )
 
 
-def _averaged_only(work: Work) -> Iterator[Block]:
+def of_sums(plan: Plan, group_of: GroupOf, sums: Sums) -> InnerProducts:
+    """What the sums of all blocks come to."""
+    groups = _groups(plan, group_of)
+    names = tuple(dict.fromkeys(group_of(name) for name in groups))
+    elements_G = np.zeros(len(names), np.int64)
+    for name, number in groups.items():
+        per_element = 2 if plan.tensors[name].dtype is DType.C64 else 1
+        elements_G[number] += plan.tensors[name].element_count * per_element
+    gram_GNN = np.tril(sums.gram_GNN) + np.tril(sums.gram_GNN, -1).transpose(0, 2, 1)
+    newest_GN = gram_GNN[:, -1].copy()
+    gram_GNN[:, -1] = gram_GNN[:, :, -1] = 0
+    return InnerProducts(
+        groups=names,
+        elements_G=elements_G,
+        deviations_GNN=gram_GNN,
+        newest_GN=newest_GN,
+        bytes_read=sums.bytes_read,
+    )
+
+
+def _groups(plan: Plan, group_of: GroupOf) -> dict[str, int]:
+    """The number of each averaged tensor's group."""
+    averaged = [name for name, policy in plan.policies.items() if policy is Policy.AVERAGE]
+    numbers: dict[str, int] = {}
+    return {name: numbers.setdefault(group_of(name), len(numbers)) for name in averaged}
+
+
+def _averaged_only(blocks: Iterable[Block]) -> Iterator[Block]:
     """The blocks without what is not averaged: nothing else is to be read."""
-    for block in work.blocks:
+    for block in blocks:
         spans = tuple(span for span in block.spans if span.policy is Policy.AVERAGE)
         if spans:
             yield replace(block, spans=spans)

@@ -46,10 +46,10 @@ def passes(plans: Sequence[Plan], *, in_memory: bool) -> list[list[int]]:
     return made
 
 
-def bytes_to_read_by(plans: Sequence[Plan], *, in_memory: bool) -> int:
-    """Bytes that all passes read together."""
+def bytes_to_read_by(plans: Sequence[Plan], made_together: Sequence[Sequence[int]]) -> int:
+    """Bytes that all passes read, each of which makes plans of such numbers, as `passes` gives them."""
     total = 0
-    for numbers in passes(plans, in_memory=in_memory):
+    for numbers in made_together:
         together = [plans[number] for number in numbers]
         sources = {reader.path for plan in together for reader in plan.readers}
         averaged, copied = (together[0].bytes_of(p) for p in (Policy.AVERAGE, Policy.COPY_NEWEST))

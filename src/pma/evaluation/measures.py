@@ -29,12 +29,15 @@ class Result(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """`run(name, scorer)` measures, `read` takes a result's JSON back, `key` tells measures apart."""
+    """`run(name, scorer)` measures, `read` takes a result's JSON back, `key` tells measures apart. `needs`:
+    distributions whose code decides the result.
+    """
 
     name: str
     key: str
     run: Callable[[str, Scorer], Result]
     read: Callable[[dict[str, Any]], Result]
+    needs: tuple[str, ...] = ("torch", "transformers")
 
 
 def text_measure(documents: Sequence[Document], *, cloze: int, context_tokens: int | None) -> Measure:
@@ -74,6 +77,7 @@ def task_measure(task: Task, *, context_tokens: int | None) -> Measure:
         key=content_key(key),
         run=lambda _, scorer: run_task(scorer, task),
         read=TaskResult.from_json,
+        needs=(*Measure.needs, "lm-eval"),
     )
 
 

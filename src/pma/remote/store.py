@@ -4,6 +4,7 @@ again.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ class Store:
         self._place = place
         self._secrets = credentials_in(f"{protocol}://{place}")
         self._listings: dict[str, tuple[float, Mapping[str, Entry]]] = {}
+        self._lock, self._forgotten = threading.Lock(), 0
 
     def __reduce__(self) -> tuple[type[Store], tuple[str, str]]:
         return Store, (self.protocol, self._place)  # another process has a connection of its own
@@ -71,7 +73,8 @@ class Store:
 
         try:
             # options come from the driver's own sources: its environment variables, files, and fsspec's
-            return fsspec.core.url_to_fs(f"{self.protocol}://{self._place}")[0]
+            # but for one: where one thread lists what another just wrote, the driver would remember what was
+            return fsspec.core.url_to_fs(f"{self.protocol}://{self._place}", use_listings_cache=False)[0]
         except ImportError as error:
             if self.protocol in _DRIVERS_IN_EXTRA:
                 raise MissingExtra(f"{self.protocol}://", "remote", "its driver") from error
@@ -109,7 +112,7 @@ class Store:
         known = self._listings.get(place)
         if known is not None and time.monotonic() - known[0] < _LISTING_SECONDS:
             return known[1]
-        path = self._path(place)
+        path, asked_at, forgotten = self._path(place), time.monotonic(), self._forgotten
 
         def ask() -> list[dict[str, Any]]:
             self._driver.invalidate_cache(path)
@@ -126,14 +129,18 @@ class Store:
             for found in answer
             if str(found["name"]).rstrip("/") != path.rstrip("/")
         }
-        self._listings[place] = time.monotonic(), entries
+        with self._lock:
+            if forgotten == self._forgotten:  # or another thread knows that something changed since we asked
+                self._listings[place] = asked_at, entries
         return entries
 
     def forget(self, place: str) -> None:
         """Ask anew for the listings of a folder and of those below it."""
-        for known in list(self._listings):
-            if known == place or known.startswith(f"{place}/"):
-                self._listings.pop(known, None)
+        with self._lock:
+            self._forgotten += 1
+            for known in list(self._listings):
+                if known == place or known.startswith(f"{place}/"):
+                    del self._listings[known]
 
     def entry(self, place: str) -> Entry | None:
         """What one place is, asked for by itself; None where nothing is there."""

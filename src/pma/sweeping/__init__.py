@@ -4,8 +4,9 @@ Evaluations go into a store that is keyed by content, so that a repeated or wide
 new.
 """
 
+from pma.evaluation.making import Load
 from pma.sweeping.candidates import Contender, Space, field
-from pma.sweeping.evaluating import Load, Results, evaluate, store_beside
+from pma.sweeping.evaluating import Results, evaluate, store_beside
 from pma.sweeping.findings import findings
 from pma.sweeping.grid import (
     Cell,

@@ -6,24 +6,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pma import engine
 from pma.engine import Plan
-from pma.engine.provenance import check_unchanged
 from pma.errors import FormatError, printable
-from pma.evaluation.measures import Measure
+from pma.evaluation.making import Load, Measuring, Wanted, measured
+from pma.evaluation.measures import Measure, Result
 from pma.remote import RemotePath
 from pma.results import STORE_FILE, Store
 from pma.sweeping.grid import Sweep
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 # an Evaluation or a TaskResult by the name of its measure
 Results = dict[str, Any]
-# called with tensors by name, the checkpoint whose configuration and tokenizer they go with, context_tokens
-Load = Callable[..., Any]
 _WRITE_SECONDS = 2.0
 
 
@@ -50,6 +44,7 @@ def evaluate(
     announce: Callable[[str], None] = lambda text: None,
     begin: Callable[[Sequence[Plan]], None] = lambda plans: None,
     load: Load | None = None,
+    measuring: Measuring = measured,
 ) -> tuple[dict[int, Results], int]:
     """Results by plan, of every cell and of the raw checkpoints, each by the measure's name; and how many of
     them were in the store already. The rest as for `evaluate_each`.
@@ -59,7 +54,13 @@ def evaluate(
         for plan, key in zip(sweep.plans, sweep.keys, strict=True)
     ]
     done, known = evaluate_each(
-        asked, store, context_tokens=context_tokens, announce=announce, begin=begin, load=load
+        asked,
+        store,
+        context_tokens=context_tokens,
+        announce=announce,
+        begin=begin,
+        load=load,
+        measuring=measuring,
     )
     return dict(enumerate(done)), known
 
@@ -71,13 +72,14 @@ def evaluate_each(
     context_tokens: int | None = None,
     announce: Callable[[str], None] = lambda text: None,
     begin: Callable[[Sequence[Plan]], None] = lambda plans: None,
+    new: Callable[[Result], None] = lambda result: None,
     load: Load | None = None,
+    measuring: Measuring = measured,
 ) -> tuple[list[Results], int]:
     """Results of each, by the measure's name, and how many were in the store already; the merges that lack
-    any are made together. `begin` hears once of their plans. `load`: makes what the measures score, by
-    default `load_scorer`.
+    any are made together, by `measuring`. `begin` hears once of their plans, `new` each result that was not
+    known. `load`: makes what the measures score, by default `load_scorer`.
     """
-    make = load or _load_scorer()
     store.prepare()
     done: list[Results] = [{} for _ in asked]
     missing: dict[int, list[Measure]] = {}
@@ -89,50 +91,53 @@ def evaluate_each(
             else:
                 missing.setdefault(place, []).append(measure)
     places = list(missing)
+    keepers = [_Keeper(store, asked[place], len(missing[place])) for place in places]
 
-    def use(number: int, tensors: dict[str, Tensor]) -> None:
-        place = places[number]
-        plan, merge = asked[place].plan, asked[place].key
+    def told(number: int, measure: Measure, result: Result) -> None:
+        done[places[number]][measure.name] = result
+        new(result)
+        keepers[number].add(measure.key, result.to_json())
+
+    def begun(number: int) -> None:
         announce(f"evaluating {number + 1} of {len(places)}")
-        check_unchanged(plan)  # or a result would be kept under the name of what was there before
-        scorer = make(tensors, plan.sources[-1].point.path, context_tokens=context_tokens)
-        keep = _Keeper(store, merge, plan)
-        try:
-            for measure in missing[place]:
-                found = done[place][measure.name] = measure.run(merge[:12], scorer)
-                keep.add(measure.key, found.to_json())
-        finally:
-            keep.write()  # also what was done before an interrupt
+        keepers[number].begin()
 
     begin([asked[place].plan for place in places])
-    if places:
-        engine.sweep_in_memory([asked[place].plan for place in places], use)
+    wanted = [
+        Wanted(plan=asked[place].plan, name=asked[place].key[:12], measures=missing[place])
+        for place in places
+    ]
+    try:
+        if places:
+            measuring(wanted, told, context_tokens=context_tokens, begun=begun, load=load)
+    finally:
+        for keeper in keepers:
+            keeper.write()  # also what was done before an interrupt
     return done, sum(len(each.measures) for each in asked) - sum(map(len, missing.values()))
 
 
 class _Keeper:
     """Puts a merge's results into the store, those that come at once together: a write waits for the disk."""
 
-    def __init__(self, store: Store, merge: str, plan: Plan) -> None:
-        self._store, self._merge, self._plan = store, merge, plan
+    def __init__(self, store: Store, asked: Asked, to_come: int) -> None:
+        self._store, self._asked, self._to_come = store, asked, to_come
         self._results: dict[str, dict[str, Any]] = {}
+        self._written_at = time.monotonic()
+
+    def begin(self) -> None:
+        """From now on, what comes within seconds is written together."""
         self._written_at = time.monotonic()
 
     def add(self, key: str, result: dict[str, Any]) -> None:
         self._results[key] = result
-        if time.monotonic() - self._written_at > _WRITE_SECONDS:
+        self._to_come -= 1
+        if self._to_come == 0 or time.monotonic() - self._written_at > _WRITE_SECONDS:
             self.write()
 
     def write(self) -> None:
         if self._results:
-            self._store.put_all(self._merge, self._results, merge=_described(self._plan))
+            self._store.put_all(self._asked.key, self._results, merge=_described(self._asked.plan))
         self._results, self._written_at = {}, time.monotonic()
-
-
-def _load_scorer() -> Load:
-    from pma.evaluation.model import load_scorer
-
-    return load_scorer
 
 
 def _read_back(measure: Measure, value: dict[str, Any], store: Store) -> Any:

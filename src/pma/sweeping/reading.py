@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pma.engine import Plan
+from pma.evaluation.making import Load, Measuring, measured
 from pma.evaluation.measures import Measure, text_measure
 from pma.evaluation.text import Document
 from pma.results import Store
-from pma.sweeping.evaluating import Asked, Load, evaluate_each
+from pma.sweeping.evaluating import Asked, evaluate_each
 from pma.sweeping.grid import Plans
 from pma.sweeping.halves import Halves, Shares
 from pma.sweeping.halving import Sums
 
 if TYPE_CHECKING:
     from pma.evaluation.evaluate import Evaluation
-    from pma.evaluation.scoring import Scorer
 
 _REPORT = "report"
 
@@ -30,7 +30,7 @@ def losses(documents: Sequence[Document], context_tokens: int | None) -> Measure
 @dataclass(frozen=True, kw_only=True)
 class How:
     """How models read. `measure`: what is measured on documents. `begin` hears what is about to be read and
-    which plans lack it; `announce` and `load` as for `evaluate_each`.
+    which plans lack it; `announce`, `load` and `measuring` as for `evaluate_each`.
     """
 
     context_tokens: int | None = None
@@ -38,6 +38,7 @@ class How:
     begin: Callable[[str, Sequence[Plan]], None] = lambda what, plans: None
     announce: Callable[[str], None] = lambda text: None
     load: Load | None = None
+    measuring: Measuring = measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,9 @@ class Reader:
             context_tokens=self._how.context_tokens,
             announce=self._how.announce,
             begin=lambda lacking: self._how.begin(what, lacking),
+            new=self._count,
             load=self._how.load,
+            measuring=self._how.measuring,
         )
         for place, results in zip(missing, done, strict=True):
             self._read |= {(place, name): evaluation for name, evaluation in results.items()}
@@ -113,12 +116,8 @@ class Reader:
         return sum(share_of[name] for _, name in self._read)
 
     def _measure(self, name: str, documents: Sequence[Document]) -> Measure:
-        """With a name of its own, and counting what is read anew."""
-        made = self._how.measure(documents, self._how.context_tokens)
+        """With a name of its own."""
+        return replace(self._how.measure(documents, self._how.context_tokens), name=name)
 
-        def run(name: str, scorer: Scorer) -> Any:
-            evaluation: Any = made.run(name, scorer)
-            self.tokens_new += sum(evaluation.tokens)
-            return evaluation
-
-        return replace(made, name=name, run=run)
+    def _count(self, evaluation: Any) -> None:
+        self.tokens_new += sum(evaluation.tokens)

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Unpack
 
 from pma import engine
+from pma.cluster import connected
 from pma.engine import Plan
+from pma.engine.commit import check_room
 from pma.sweeping.grid import Cell, Sweep
 
 
@@ -25,8 +27,15 @@ def unwritten(sweep: Sweep, folder: Path) -> list[tuple[Plan, Path]]:
 
 def write(sweep: Sweep, folder: Path, **how: Unpack[engine.How]) -> list[tuple[Cell, Path]]:
     """Write what is not there yet of the cells' merges into folders of `folder`; `how` as in
-    `engine.write`.
+    `engine.write`. On a cluster they are written one after the other, each by all nodes.
     """
-    engine.sweep_to_folders(unwritten(sweep, folder), **how)
+    missing = unwritten(sweep, folder)
+    if (on := how.get("ray")) is None:
+        engine.sweep_to_folders(missing, **how)
+    elif missing:
+        check_room(missing)
+        with connected(on):  # once for all
+            for plan, path in missing:
+                engine.write(plan, path, **how)
     out = targets(sweep, folder)
     return [(cell, out[cell.plan]) for cell in sweep.cells]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -14,12 +14,14 @@ from pma.errors import PmaError, StorageError, UsageError
 _DISTRIBUTION = "pma-llm"
 _LOOK_SECONDS = 0.5
 _NAMED = 8
+_MERGING = "pma.engine.on_ray.task"
 
 
-def _probe() -> Callable[[bytes, str, str], dict[str, Any]]:
+def _probe() -> Callable[[bytes, str, str, str], dict[str, Any]]:
     # made in here it travels as code, not by name: it has to run where this package is not
-    def probe(packed: bytes, who: str, ours: str) -> dict[str, Any]:
+    def probe(packed: bytes, who: str, ours: str, module: str) -> dict[str, Any]:
         import sys
+        from importlib import import_module
         from importlib.metadata import PackageNotFoundError, version
 
         def refused(message: str) -> dict[str, Any]:
@@ -27,21 +29,22 @@ def _probe() -> Callable[[bytes, str, str], dict[str, Any]]:
 
         try:
             theirs = version("pma-llm")
-            from pma.engine.on_ray.task import look
+            if theirs != ours:
+                return refused(f"pma-llm {theirs}, and {ours} here; install the same on every node")
+            look = import_module(module).look
         except (ImportError, PackageNotFoundError) as error:
             return refused(
                 f"pma-llm cannot be imported by {sys.executable}: {error}; install it on every node"
             )
-        if theirs != ours:
-            return refused(f"pma-llm {theirs}, and {ours} here; install the same on every node")
-        return look(packed, who)
+        answer: dict[str, Any] = look(packed, who)
+        return answer
 
     return probe
 
 
-def begin_look(cluster: Cluster, node: Node, packed: bytes) -> Any:
-    """Have a node look; returns the task."""
-    return cluster.start(node, _probe(), packed, node.name, version(_DISTRIBUTION), cores=0)
+def begin_look(cluster: Cluster, node: Node, packed: bytes, look_in: str = _MERGING) -> Any:
+    """Have a node look, by `look(packed, its name)` of the module `look_in`; returns the task."""
+    return cluster.start(node, _probe(), packed, node.name, version(_DISTRIBUTION), look_in, cores=0)
 
 
 def wrong_in(answer: Any, node: Node) -> PmaError | None:
@@ -52,12 +55,19 @@ def wrong_in(answer: Any, node: Node) -> PmaError | None:
     return None if failed is None else said_by(node.name, failed)
 
 
-def check_all(cluster: Cluster, packed: bytes, seconds: float) -> list[Node]:
-    """Have all nodes look; returns those that live on. Raises what the first one found wrong, StorageError
-    where one does not answer.
+def check_all(
+    cluster: Cluster,
+    packed: bytes,
+    seconds: float,
+    look_in: str = _MERGING,
+    *,
+    used: Callable[[Sequence[Node]], Sequence[Node]] = lambda nodes: nodes,
+) -> list[Node]:
+    """Have all nodes that are `used` look, as by `begin_look`; returns those that live on. Raises what the
+    first one found wrong, StorageError where one does not answer.
     """
-    nodes = {node.key: node for node in cluster.nodes()}
-    waiting = {begin_look(cluster, node, packed): node for node in nodes.values()}
+    nodes = {node.key: node for node in used(cluster.nodes())}
+    waiting = {begin_look(cluster, node, packed, look_in): node for node in nodes.values()}
     started = time.monotonic()
     try:
         while waiting:

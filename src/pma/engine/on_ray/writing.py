@@ -15,6 +15,7 @@ from pma.engine.on_ray.meeting import Meeting
 from pma.engine.plan import Plan
 from pma.engine.stopping import StopFlag
 from pma.engine.together.driver import check_all_there
+from pma.engine.together.hands import remove_left_over
 from pma.engine.together.in_store import refuse_in_store, remove_words
 from pma.engine.together.places import is_made, marker_at
 from pma.engine.together.to_store import begun_as, store_begun
@@ -103,6 +104,7 @@ def _led_to_store(plan: Plan, out: Path, cluster: Cluster, on: OnRay, how: How) 
             check_all_there(held.digests, plan, out)
             held.complete(sha256=how.get("sha256", False), hash_sources=how.get("hash_sources", False))
         held.finish()
+    remove_left_over(out, how.get("staging"))
     return _figures(plan, resumed, count.read, time.monotonic() - streaming)
 
 

@@ -5,6 +5,7 @@ sends to a store.
 from __future__ import annotations
 
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,9 @@ from pma.formats.contracts import PartWriter
 from pma.formats.folder_writer import FolderPart, FolderWriter
 from pma.remote import RemotePath
 
+# a folder that is empty for so long is of one who was killed before it took its lease
+_BEGUN_SECONDS = 60.0
+_TRIES = 10
 # files that are sent at once; the driver sends parts of a large one at once, too
 _AT_ONCE = 4
 
@@ -87,9 +91,9 @@ class SendingHand:
         self.sent: dict[str, Arrived] = {}
         self._made: dict[str, Digests] = {}
         self._arriving: dict[str, Future[Arrived]] = {}
-        local.mkdir(parents=True)
+        _make(local)
         self._lease = Lease(local, out)
-        _remove_left_over(local, out)
+        _remove_left_over(local.parent, out, mine=local)
         self._chunks = Counter(plan.blocks.file_of(number) for number in numbers)
         mine = tuple(file for file in plan.layout.files if file.name in self._chunks)
         self._part = FolderPart(local)
@@ -142,16 +146,38 @@ def local_folder(out: RemotePath, name: str, staging: Path | None) -> Path:
     """Where a process builds the files that it sends, if `name` is its alone."""
     if staging is None:
         make_private(private_folder())
+    return _parts_folder(out, staging) / name
+
+
+def _parts_folder(out: RemotePath, staging: Path | None) -> Path:
     built = built_at(out, staging)
-    return built.parent / f"{built.name}-parts" / name
+    return built.parent / f"{built.name}-parts"
 
 
-def _remove_left_over(local: Path, out: RemotePath) -> None:
-    """What processes that were killed left of the same output, on this machine."""
-    for folder in local.parent.iterdir():
-        if folder == local or not (folder / LEASE_FILE).is_file():
+def _make(local: Path) -> None:
+    for _ in range(_TRIES):
+        with suppress(FileNotFoundError):  # one who ended took the folder above it away, empty as it was then
+            return local.mkdir(parents=True)
+    return local.mkdir(parents=True)
+
+
+def remove_left_over(out: RemotePath, staging: Path | None) -> None:
+    """Remove what processes that were killed left of the same output, on this machine."""
+    folder = _parts_folder(out, staging)
+    with suppress(FileNotFoundError):
+        _remove_left_over(folder, out)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _remove_left_over(parts: Path, out: RemotePath, *, mine: Path | None = None) -> None:
+    for folder in parts.iterdir():
+        if folder == mine:
             continue
         with suppress(UsageError, FileNotFoundError):  # it lives, or another removes it
-            lease = Lease(folder, out)
-            shutil.rmtree(folder, ignore_errors=True)
-            lease.release()
+            if (folder / LEASE_FILE).is_file():
+                lease = Lease(folder, out)
+                shutil.rmtree(folder, ignore_errors=True)
+                lease.release()
+            elif time.time() - folder.stat().st_mtime > _BEGUN_SECONDS:
+                folder.rmdir()

@@ -89,13 +89,16 @@ class Place:
             holder, beat = driver_at(self.folder)
             if is_made(self.out):  # looked for after who drives, who goes when it is
                 return
-            self.check_words()
-            if holder:
-                self._judge(holder, beat)
-            elif gone_at is None:
+            if not holder and gone_at is None:
                 gone_at = time.monotonic()
-            if gone_at is not None and time.monotonic() - gone_at >= patience:
-                self._judge(holder, beat)
+            try:
+                self.check_words()
+                if holder or (gone_at is not None and time.monotonic() - gone_at >= patience):
+                    self._judge(holder, beat)
+            except Interrupted:
+                if is_made(self.out):  # whoever drives made it and ended, just now
+                    return
+                raise
             time.sleep(pause)
 
     def close(self) -> None:

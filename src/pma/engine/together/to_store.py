@@ -15,6 +15,7 @@ from pma.engine.plan import Plan
 from pma.engine.stopping import StopFlag
 from pma.engine.together.crew import Crew
 from pma.engine.together.driver import Driver, Held, check_all_there
+from pma.engine.together.hands import remove_left_over
 from pma.engine.together.in_store import StoreAttempt, as_begun, refuse_in_store, store_attempt
 from pma.engine.together.part import Place, Working
 from pma.engine.together.places import is_made, marker_at
@@ -76,6 +77,7 @@ def led_to_store(plan: Plan, out: RemotePath, crew: Crew, how: How) -> dict[str,
             check_all_there(held.digests, plan, out)
             held.complete(sha256=how.get("sha256", False), hash_sources=how.get("hash_sources", False))
         held.finish()
+    remove_left_over(out, how.get("staging"))
     seconds = time.monotonic() - streaming
     written = plan.bytes_to_write - resumed
     return {"resumed": resumed, "read": count.read, "written": written, "stream_seconds": seconds}

@@ -11,12 +11,14 @@ from pma.engine.attempt import attempt, errors_of_ours
 from pma.engine.building import SAVE_SECONDS, Building, kept_up
 from pma.engine.commit import Count, How, Merge, check_output, is_written, name_warnings, refuse_inside_run
 from pma.engine.journal import Followed, driver_journal
+from pma.engine.lease import is_gone
 from pma.engine.partition import Part
 from pma.engine.plan import Plan
 from pma.engine.stopping import StopFlag
 from pma.engine.stream import stream
 from pma.engine.together.crew import Crew
 from pma.engine.together.driver import Driver, check_all_there
+from pma.engine.together.hands import remove_left_over
 from pma.engine.together.in_store import remove_words
 from pma.engine.together.part import Place, Working, pauses
 from pma.engine.together.places import driver_at, is_made, meeting_folder
@@ -43,8 +45,10 @@ def write(plan: Plan, out: Path, **how: Unpack[How]) -> Merge:
     begun = begun_as(plan, out, crew.size, fresh=how.get("fresh", False), tell=tell)
     if is_made(out) and is_written(begun, out):
         # a launcher started all anew for what came after, or because the end was cut short
-        if crew.leads and isinstance(out, RemotePath):
-            remove_words(out)
+        if isinstance(out, RemotePath):
+            if crew.leads:
+                remove_words(out)
+            remove_left_over(out, how.get("staging"))
         return _merge(plan, out, started, resumed=plan.bytes_to_write)
     from pma.engine.compute import load_kernels  # takes a while: a signal amid it may abort the process
 
@@ -137,15 +141,15 @@ def _followed(plan: Plan, out: Path, crew: Crew, started: float, how: How) -> Me
 def _joined(plan: Plan, out: Path, crew: Crew) -> tuple[Working, Place, Part]:
     """Find the folder that our rank 0 drives, say that we see the same sources, and get our part.
 
-    What an earlier launch left there, or another one is doing, is told by parts that were handed out before
-    we came.
+    What an earlier launch left there, or another one is doing, is told by a process that is gone, or by parts
+    that were handed out before we came.
     """
     folder, passed_by = meeting_folder(out), {""}
     deadline = time.monotonic() + crew.join_seconds
     for pause in pauses():
         holder = driver_at(folder)[0]
         token = holder.get("token", "")
-        if token not in passed_by and "released" not in holder:
+        if token not in passed_by and "released" not in holder and not is_gone(holder):
             driver = Followed(folder / driver_journal(token))
             driver.news()
             if driver.heading is not None:
@@ -185,8 +189,10 @@ def _met(
             if parts is not None:
                 ranges = tuple(range(*pair) for pair in parts[crew.rank])
                 return working, place, Part(ranges=ranges, bytes_to_read=0, bytes_to_write=0)
+            holder = driver_at(place.folder)[0]
+            gone = is_gone(holder)  # before its last words are heard
             place.check_words()
-            if driver_at(place.folder)[0].get("token") != token:
+            if gone or holder.get("token") != token:
                 working.close()
                 place.close()
                 return None

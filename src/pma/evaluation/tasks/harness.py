@@ -17,8 +17,8 @@ class Task:
     """One task, or one group of the harness's, ready to be run. `metric` is what counts as its score.
 
     `digest`: of its items, for finding results again. `load` gives the harness's objects (its TaskDict), the
-    same each time. `limit`: items of each of the harness's own tasks (those of local files are picked as they
-    are read).
+    same each time; it may be sent to another process, and loads them there. `limit`: items of each of the
+    harness's own tasks (those of local files are picked as they are read).
     """
 
     name: str

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pma.evaluation.tasks.files import LocalTask
@@ -17,8 +17,29 @@ def local_tasks(local: Sequence[LocalTask], folder: Path) -> Iterator[Task]:
     """Each of `local`; when one is wanted, the harness loads it from files that are written into `folder`."""
     for task in local:
         metric = "acc_norm" if task.kind == "choices" and not _is_pairs(task) else "acc"
-        load = cache(partial(_load, task, folder / task.name))
+        load = _Loaded(task, folder / task.name)
         yield Task(name=task.name, digest=task.digest, metric=metric, load=load, limit=None)
+
+
+class _Loaded:
+    """The harness's objects, made when first wanted, from files in `folder`; where this was sent to another
+    process, in a folder of that one, which passes at once: the table is mapped by then.
+    """
+
+    def __init__(self, task: LocalTask, folder: Path | None) -> None:
+        self._task, self._folder = task, folder
+        self._loaded: Any = None
+
+    def __call__(self) -> Any:
+        if self._loaded is None and self._folder is not None:
+            self._loaded = _load(self._task, self._folder)
+        if self._loaded is None:
+            with TemporaryDirectory(prefix="pma-tasks-") as folder:
+                self._loaded = _load(self._task, Path(folder) / self._task.name)
+        return self._loaded
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Loaded, (self._task, None)
 
 
 def _load(task: LocalTask, folder: Path) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from pma.errors import InputError, UsageError, printable
+from pma.errors import InputError, MismatchError, UsageError, printable
 from pma.evaluation.tasks.harness import Task, harness_version
 from pma.results import content_key
 
@@ -73,4 +73,29 @@ def _own_task(name: str, loaded: Mapping[str, Any], limit: int | None) -> Task:
         [leaf, str(task.VERSION), json.dumps(list(task.eval_docs), default=str)]
         for leaf, task in loaded["tasks"].items()
     ]
-    return Task(name=name, digest=content_key(items), metric=metric, load=lambda: loaded, limit=limit)
+    digest = content_key(items)
+    load = _Loaded(name, digest, limit, loaded)
+    return Task(name=name, digest=digest, metric=metric, load=load, limit=limit)
+
+
+class _Loaded:
+    """The harness's objects of a task; where this was sent to another process they are loaded there, and have
+    to be of the same items.
+    """
+
+    def __init__(self, name: str, digest: str, limit: int | None, loaded: Mapping[str, Any] | None) -> None:
+        self._name, self._digest, self._limit, self._loaded = name, digest, limit, loaded
+
+    def __call__(self) -> Mapping[str, Any]:
+        if self._loaded is None:
+            (found,) = own_tasks([self._name], self._limit)
+            if found.digest != self._digest:
+                raise MismatchError(
+                    f"task {self._name} of the harness has other items here than where the command was "
+                    "given; every node has to find the same data and the same version of the harness"
+                )
+            self._loaded = found.load()
+        return self._loaded
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Loaded, (self._name, self._digest, self._limit, None)
