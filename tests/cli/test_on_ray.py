@@ -124,9 +124,8 @@ def test_what_is_refused_before_any_node_is_asked(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_no_store_and_no_launcher(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_launcher(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     merge = ["merge", str(run), "--last", "3", "--on", "ray", "-o"]
-    assert "is in a store" in CliRunner().invoke(app, [*merge, "memory://bucket/out"]).stderr
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "without torchrun or srun" in CliRunner().invoke(app, [*merge, str(tmp_path / "out")]).stderr

@@ -42,6 +42,7 @@ class Spec:
     out: Path
     token: str
     staging: Path | None
+    sha256: bool
     save_seconds: float
     silent_seconds: float
 
@@ -136,6 +137,7 @@ def _carry_out(packed: bytes, part: Part, name: str, who: str) -> Answer:
         silent_seconds=spec.silent_seconds,
         save_seconds=spec.save_seconds,
         staging=spec.staging,
+        sha256=spec.sha256,
     )
     return {"chunks": len(made)}
 

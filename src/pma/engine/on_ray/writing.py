@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
-from pma.cluster import Cluster, Node, OnRay, connected
+from pma.cluster import Cluster, OnRay, connected
 from pma.engine.attempt import attempt
 from pma.engine.building import SAVE_SECONDS, Building, kept_up
-from pma.engine.commit import Count, How, Merge, check_output
-from pma.engine.lease import host
-from pma.engine.on_ray.checking import check_all
-from pma.engine.on_ray.roster import Roster
-from pma.engine.on_ray.sharing import Sharing, part_count
-from pma.engine.on_ray.task import Spec, portable
+from pma.engine.commit import Count, How, Merge, check_output, name_warnings, refuse_inside_run
+from pma.engine.on_ray.meeting import Meeting
 from pma.engine.plan import Plan
 from pma.engine.stopping import StopFlag
-from pma.engine.together.crew import Crew
-from pma.engine.together.driver import Driver
+from pma.engine.together.driver import check_all_there
+from pma.engine.together.hands import remove_left_over
+from pma.engine.together.in_store import refuse_in_store, remove_words
+from pma.engine.together.places import is_made, marker_at
+from pma.engine.together.to_store import begun_as, store_begun
 from pma.engine.together.writing import Beating, commit
-from pma.errors import UsageError
 from pma.remote import RemotePath
-
-_PARTS_PER_SLOT = 4
 
 
 def write(plan: Plan, out: Path, on: OnRay, **how: Unpack[How]) -> Merge:
@@ -35,33 +30,32 @@ def write(plan: Plan, out: Path, on: OnRay, **how: Unpack[How]) -> Merge:
     sources, StorageError where it cannot write; Interrupted where the merge was called off. What is done is
     kept.
     """
-    if isinstance(out, RemotePath):
-        raise UsageError(
-            f"--on ray writes to a file system that all nodes see, and {out} is in a store; torchrun and "
-            "srun write there"
-        )
     started = time.monotonic()
-    warnings = check_output(plan, out, inside_run=how.get("inside_run", False))
-    count = Count(how.get("progress"))
+    if isinstance(out, RemotePath):
+        refuse_inside_run(plan, out, inside_run=how.get("inside_run", False))
+    else:
+        check_output(plan, out, inside_run=how.get("inside_run", False))
     with connected(on) as cluster:
-        resumed, seconds = _led(plan, out, cluster, on, count, how)
+        lead = _led_to_store if isinstance(out, RemotePath) else _led
+        figures = lead(plan, out, cluster, on, how)
     return Merge(
         path=out,
         checkpoints=len(plan.sources),
         scheme=plan.options.scheme_text,
-        bytes_read=count.read,
-        bytes_written=plan.bytes_to_write - resumed,
-        bytes_resumed=resumed,
+        bytes_read=figures["read"],
+        bytes_written=figures["written"],
+        bytes_resumed=figures["resumed"],
         seconds=time.monotonic() - started,
-        stream_seconds=seconds,
-        durable_seconds=seconds,
-        warnings=warnings,
+        stream_seconds=figures["stream_seconds"],
+        durable_seconds=figures["stream_seconds"],
+        warnings=name_warnings(out),
     )
 
 
-def _led(plan: Plan, out: Path, cluster: Cluster, on: OnRay, count: Count, how: How) -> tuple[int, float]:
-    """Bytes that were there, and how long the others took."""
-    met = _Met(plan, out, cluster, on, how)
+def _led(plan: Plan, out: Path, cluster: Cluster, on: OnRay, how: How) -> dict[str, Any]:
+    """Into a folder. Returns bytes that were there, and what the others took."""
+    count = Count(how.get("progress"))
+    met = Meeting(plan, out, cluster, on, how)
     save_seconds = how.get("save_seconds", SAVE_SECONDS)
     fresh, break_lock = how.get("fresh", False), how.get("break_lock", False)
     with (
@@ -72,72 +66,48 @@ def _led(plan: Plan, out: Path, cluster: Cluster, on: OnRay, count: Count, how: 
         resumed, streaming, stop = building.bytes_done, time.monotonic(), StopFlag()
         if resumed:
             count.add(0, resumed)
-        parts = plan.partition(met.part_count(building), done=building.output.digests)
         with kept_up([building], stop, save_seconds):
-            met.sharing(building, count).carry_out(parts, stop)
+            met.carry_out(building, building.output.digests, count, stop)
         building.save()
         seconds = time.monotonic() - streaming
-        sha256, hash_sources = how.get("sha256", False), how.get("hash_sources", False)
-        with kept_up([Beating(building)], StopFlag(), save_seconds):  # to hash all again may take long
-            commit(building, sha256=sha256, hash_sources=hash_sources)
-    return resumed, seconds
+        _commit(building, how, save_seconds)
+    return _figures(plan, resumed, count.read, seconds)
 
 
-class _Met:
-    """The nodes of a cluster, met under the lease of an output."""
-
-    def __init__(self, plan: Plan, out: Path, cluster: Cluster, on: OnRay, how: How) -> None:
-        self._plan, self._out, self._cluster, self._on, self._how = plan, out, cluster, on, how
-        who = f"the driver on {host()}"
-        self.driver = Driver(plan, [], Crew(rank=0, size=1), who=who)
-        self._nodes: list[Node] = []
-        self._packed = b""
-
-    def meet(self, building: Building) -> None:
-        """Have every node look at the sources and write where the output is built. Raises what is wrong."""
-        self.driver.meet(building)
-        points, options = portable(self._plan)
-        self._packed = Spec(
-            points=points,
-            options=options,
-            as_given=self._plan.as_given,
-            files=len(self._plan.layout.files),
-            out=self._out.absolute(),
-            token=building.token,
-            staging=self._how.get("staging"),
-            save_seconds=self._how.get("save_seconds", SAVE_SECONDS),
-            silent_seconds=Crew.silent_seconds,
-        ).packed()
-        with self.driver.telling(), _beating(building):
-            self._nodes = check_all(self._cluster, self._packed, self._on.node_seconds)
-
-    def part_count(self, building: Building) -> int:
-        """How many parts to cut."""
-        done, slots = building.output.digests, sum(node.slots for node in self._nodes)
-        parts = part_count(self._plan, done, _PARTS_PER_SLOT * slots)
-        if (tell := self._how.get("tell")) is not None and parts < slots:
-            tell(f"{slots} parts could run at once on {len(self._nodes)} nodes, and there are {parts} blocks")
-        return parts
-
-    def sharing(self, building: Building, count: Count) -> Sharing:
-        """What gives the parts of an output that was begun to these nodes."""
-        tell = self._how.get("tell") or (lambda line: None)
-        return Sharing(
-            self._plan,
-            building,
-            building.output.digests,
-            self._cluster,
-            Roster(self._cluster, self._nodes, on=self._on, packed=self._packed, tell=tell),
-            packed=self._packed,
-            cores=self._plan.options.threads,
-            silent_seconds=Crew.silent_seconds,
-            progress=count.add,
-            show=self._how.get("show_nodes"),
-            tell=tell,
-        )
+def _commit(building: Building, how: How, save_seconds: float) -> None:
+    sha256, hash_sources = how.get("sha256", False), how.get("hash_sources", False)
+    with kept_up([Beating(building)], StopFlag(), save_seconds):  # to hash all again may take long
+        commit(building, sha256=sha256, hash_sources=hash_sources)
 
 
-@contextmanager
-def _beating(building: Building) -> Iterator[None]:
-    with kept_up([Beating(building)], StopFlag()):
-        yield
+def _led_to_store(plan: Plan, out: Path, cluster: Cluster, on: OnRay, how: How) -> dict[str, Any]:
+    """As `_led`, into a store: a part is whole files, which whoever made them sends."""
+    assert isinstance(out, RemotePath)
+    fresh, count, stop = how.get("fresh", False), Count(how.get("progress")), StopFlag()
+    slots = sum(node.slots for node in cluster.nodes())
+    plan = begun_as(plan, out, max(slots, 1), fresh=fresh, tell=how.get("tell"))
+    refuse_in_store(plan, out, fresh=fresh)
+    if is_made(out) and marker_at(out):  # whoever finished it was killed before it tidied up
+        remove_words(out)
+        return _figures(plan, plan.bytes_to_write, 0, 0.0)
+    met = Meeting(plan, out, cluster, on, how)
+    with (
+        closing(met.driver),
+        met.driver.telling(),
+        store_begun(plan, out, met.driver, how, met.meet) as held,
+    ):
+        resumed, streaming = held.bytes_done, time.monotonic()
+        if resumed:
+            count.add(0, resumed)
+        with kept_up([held, met.driver], stop, how.get("save_seconds", SAVE_SECONDS)):
+            met.carry_out(held, held.digests, count, stop)
+            check_all_there(held.digests, plan, out)
+            held.complete(sha256=how.get("sha256", False), hash_sources=how.get("hash_sources", False))
+        held.finish()
+    remove_left_over(out, how.get("staging"))
+    return _figures(plan, resumed, count.read, time.monotonic() - streaming)
+
+
+def _figures(plan: Plan, resumed: int, read: int, seconds: float) -> dict[str, Any]:
+    written = plan.bytes_to_write - resumed
+    return {"resumed": resumed, "read": read, "written": written, "stream_seconds": seconds}

@@ -239,6 +239,7 @@ def carry_out(
     progress: Progress | None = None,
     save_seconds: float = SAVE_SECONDS,
     staging: Path | None = None,
+    sha256: bool = False,
 ) -> Digests:
     """Carry out one part of a merge whose driver holds the lease with `token`, in any process that sees its
     folder; returns the chunks that were made and journaled.
@@ -250,7 +251,9 @@ def carry_out(
         working = Working(plan, place, name, who)
         try:
             working.agree()
-            return working.carry_out(part, progress=progress, save_seconds=save_seconds, staging=staging)
+            return working.carry_out(
+                part, progress=progress, save_seconds=save_seconds, staging=staging, sha256=sha256
+            )
         except BaseException as error:
             raise working.failed(error) from error
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from pma.engine.commit import Count, How, refuse_inside_run
 from pma.engine.plan import Plan
 from pma.engine.stopping import StopFlag
 from pma.engine.together.crew import Crew
-from pma.engine.together.driver import Driver, check_all_there
+from pma.engine.together.driver import Driver, Held, check_all_there
 from pma.engine.together.hands import remove_left_over
 from pma.engine.together.in_store import StoreAttempt, as_begun, refuse_in_store, store_attempt
 from pma.engine.together.part import Place, Working
@@ -22,19 +22,21 @@ from pma.engine.together.places import is_made, marker_at
 from pma.remote import RemotePath
 
 
-def begun_as(plan: Plan, out: Path, crew: Crew, how: How) -> Plan:
-    """`plan` in as many files as an output in a store has or was begun with, else as there are processes."""
+def begun_as(
+    plan: Plan, out: Path, processes: int, *, fresh: bool, tell: Callable[[str], None] | None
+) -> Plan:
+    """`plan` in as many files as an output in a store has or was begun with, else as there are processes:
+    `tell` hears of that.
+    """
     if not isinstance(out, RemotePath):
         return plan
     if is_made(out):
         return plan.resharded(len(provenance.load(out)["outputs"]))
-    fresh = how.get("fresh", False)
     files, begun = len(plan.layout.files), as_begun(plan, out, fresh=fresh)
     if fresh or not marker_at(out):
-        begun = plan.resharded(crew.size)
-    tell = how.get("tell")
-    if crew.leads and tell is not None and files < crew.size:
-        tell(_files_text(files, len(begun.layout.files), crew.size))
+        begun = plan.resharded(processes)
+    if tell is not None and files < processes:
+        tell(_files_text(files, len(begun.layout.files), processes))
     return begun
 
 
@@ -53,7 +55,7 @@ def led_to_store(plan: Plan, out: RemotePath, crew: Crew, how: How) -> dict[str,
     save_seconds = how.get("save_seconds", SAVE_SECONDS)
     names = [str(rank) for rank in range(1, crew.size)]
     driver = Driver(plan, names, crew, progress=count.add, tell=how.get("tell"))
-    with closing(driver), driver.telling(), _begun(plan, out, driver, how) as held:
+    with closing(driver), driver.telling(), store_begun(plan, out, driver, how, driver.meet) as held:
         resumed, streaming = held.bytes_done, time.monotonic()
         if resumed:
             count.add(0, resumed)
@@ -82,10 +84,13 @@ def led_to_store(plan: Plan, out: RemotePath, crew: Crew, how: How) -> dict[str,
 
 
 @contextmanager
-def _begun(plan: Plan, out: RemotePath, driver: Driver, how: How) -> Iterator[StoreAttempt]:
+def store_begun(
+    plan: Plan, out: RemotePath, driver: Driver, how: How, meet: Callable[[Held], None]
+) -> Iterator[StoreAttempt]:
+    """An attempt at an output in a store, begun after `meet` found that all see the same."""
     with store_attempt(plan, out, break_lock=how.get("break_lock", False)) as held:
         try:
-            driver.meet(held)
+            meet(held)
         except BaseException:
             held.give_up_before()
             raise

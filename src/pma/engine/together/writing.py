@@ -41,7 +41,8 @@ def write(plan: Plan, out: Path, **how: Unpack[How]) -> Merge:
     crew = how.get("crew")
     assert crew is not None
     started = time.monotonic()
-    begun = begun_as(plan, out, crew, how)
+    tell = how.get("tell") if crew.leads else None
+    begun = begun_as(plan, out, crew.size, fresh=how.get("fresh", False), tell=tell)
     if is_made(out) and is_written(begun, out):
         # a launcher started all anew for what came after, or because the end was cut short
         if isinstance(out, RemotePath):
