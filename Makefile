@@ -9,7 +9,7 @@ help:
 	@echo "make demo    the whole story: pre-train, merge, anneal, evaluate, report (about two minutes on two cores)"
 	@echo "make test    all tests (under five minutes on two cores)"
 	@echo "make test-frameworks  tests with DeepSpeed, Lightning, Megatron-core and OLMo-core, in an environment of its own"
-	@echo "make torture a thousand kills, power lost at every moment, a day of pma watch"
+	@echo "make torture a thousand kills, power lost at every moment, a day of pma watch, torchrun and Ray"
 	@echo "make studies every study at a size too small to show anything: that their code runs"
 	@echo "make check   lint, format, types, import contract, README commands"
 	@echo "make bench   merge speed beside plain reads and writes, a torch loop, and mergekit (15 GB of disk)"

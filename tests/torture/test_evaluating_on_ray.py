@@ -1,6 +1,4 @@
-"""`pma sweep`, `eval` and `diagnose` with `--on ray`: the results of one process, kept by the driver alone.
-Nodes and processes are killed in tests/torture.
-"""
+"""`pma sweep`, `eval` and `diagnose` with `--on ray`: one process's results, kept by the driver."""
 
 import json
 import os

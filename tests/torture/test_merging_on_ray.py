@@ -1,5 +1,5 @@
 """`pma merge --on ray`: the same bits from the nodes of a cluster, and what is refused before anything is
-written. Nodes and processes are killed in tests/torture.
+written.
 """
 
 import json
