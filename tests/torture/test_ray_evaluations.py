@@ -85,12 +85,12 @@ def wait_for(happened: Callable[[], object], command: subprocess.Popen[str]) -> 
         time.sleep(0.02)
 
 
-def ended(name: str) -> bool:
+def ended(cluster: Any, name: str) -> bool:
     """Whether no process of a node does so any more, within some seconds."""
     deadline = time.monotonic() + 20
-    while ray.workers(name) and time.monotonic() < deadline:
+    while ray.workers(cluster, name) and time.monotonic() < deadline:
         time.sleep(0.1)
-    return not ray.workers(name)
+    return not ray.workers(cluster, name)
 
 
 def test_a_sweep_goes_on_whatever_is_killed(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_sweep_goes_on_whatever_is_killed(tmp_path: Path) -> None:
 
         command = pma(*sweep, *on)
         wait_for(lambda: kept(store) >= 1, command)
-        assert ray.kill(ray.workers("Models.carry_out")[0])
+        assert ray.kill(ray.workers(cluster, "Models.carry_out")[0])
         cluster.remove_node(cluster.workers.pop(), allow_graceful=False)
         cluster.workers.append(ray.add_node(cluster, **environment))
         seen = kept(store)
@@ -114,7 +114,7 @@ def test_a_sweep_goes_on_whatever_is_killed(tmp_path: Path) -> None:
         _, told = command.communicate(timeout=_SECONDS)
         assert command.returncode == 4, told[-4000:]
         assert "is given to a node again" in told
-        assert ended("Models")
+        assert ended(cluster, "Models")
         interrupted_with = kept(store)
         assert seen < interrupted_with < MODELS
 
@@ -122,13 +122,13 @@ def test_a_sweep_goes_on_whatever_is_killed(tmp_path: Path) -> None:
         wait_for(lambda: kept(store) > interrupted_with, command)
         command.kill()
         command.communicate()
-        assert ended("Models")
+        assert ended(cluster, "Models")
         killed_with = kept(store)
         assert interrupted_with < killed_with < MODELS
 
         command = pma(*sweep, *on)
         wait_for(lambda: kept(store) > killed_with, command)
-        assert ray.kill(ray.workers("Models.carry_out")[0])
+        assert ray.kill(ray.workers(cluster, "Models.carry_out")[0])
         done = finished(command)
     assert done["from_store"] == killed_with
     assert done["rows"] == alone["rows"]
@@ -142,8 +142,8 @@ def test_a_diagnosis_goes_on_where_a_process_and_a_node_are_killed(tmp_path: Pat
     environment = {"SLOW_SECONDS": "0.7", "PYTHONPATH": ray.site(tmp_path / "site", SLOW)}
     with ray.cluster(2, **environment) as cluster:
         command = pma(*diagnose, "--on", "ray", "--ray-address", cluster.address)
-        wait_for(lambda: ray.workers("_Adder.carry_out"), command)
-        assert ray.kill(ray.workers("_Adder.carry_out")[0])
+        wait_for(lambda: ray.workers(cluster, "_Adder.carry_out"), command)
+        assert ray.kill(ray.workers(cluster, "_Adder.carry_out")[0])
         time.sleep(1)
         cluster.remove_node(cluster.workers.pop(), allow_graceful=False)
         shared = finished(command)
