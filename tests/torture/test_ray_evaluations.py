@@ -187,7 +187,7 @@ def test_what_is_wrong_with_a_model_is_told_as_in_one_process(tmp_path: Path) ->
             swept(load=partial(refuses, threading.Lock()))
         with pytest.raises(MismatchError, match="was changed while it was merged"):
             swept(load=touches)
-    assert 1 <= kept(store) <= len(scored.read_text()) < 3  # before it was seen
+    assert kept(store) < 3  # those, if any, that were told of before it was seen
 
 
 def flat(value: Any) -> list[float]:
