@@ -354,6 +354,20 @@ def test_a_second_driver_is_refused_while_the_first_goes_on(
     assert weights(tmp_path / "out") == expected
 
 
+def test_one_who_asks_for_the_lease_at_the_same_time_is_nothing_foreign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file is there when the folder is listed, and gone when it is looked at."""
+    folder = make_staging_folder(tmp_path / "out")
+    (folder / LEASE_FILE).write_text("{}")
+    listed = [folder / LEASE_FILE, folder / f"{LEASE_FILE}.gone"]
+    monkeypatch.setattr(Path, "rglob", lambda path, pattern: listed)
+    assert make_staging_folder(tmp_path / "out") == folder
+    listed[1].symlink_to("nowhere")
+    with pytest.raises(UsageError, match="was not left by a merge"):
+        make_staging_folder(tmp_path / "out")
+
+
 def test_who_shows_no_sign_of_life_is_named(
     run: list[Path],
     tmp_path: Path,

@@ -81,8 +81,11 @@ def test_ranks_killed_while_they_send(
     expected = weights_of(tmp_path / "one")
     staging = tmp_path / "staging-of-ranks"
     job |= {"staging": str(staging), "silent_seconds": PATIENT_SECONDS}
-    seconds = server.ask({**job, "out": f"{bucket.url}/timed", "size": 2})["seconds"]
-    Target(bucket, "timed", expected).check_finished()
+    times_taken = []
+    for name in ("timed-1", "timed-2"):  # the first has the server of the store warm up, too
+        times_taken.append(server.ask({**job, "out": f"{bucket.url}/{name}", "size": 3})["seconds"])
+        Target(bucket, name, expected).check_finished()
+    seconds = min(times_taken)
     kills = leaders = resumed = outputs = told = 0
     while kills < KILLS * multiplier or (resumed < LEAST_RESUMED and kills < 3 * KILLS):
         target = Target(bucket, f"out-{outputs}", expected)
@@ -91,7 +94,7 @@ def test_ranks_killed_while_they_send(
         for _ in range(chance.randint(1, 3)):
             size = chance.choice((2, 3, 4))
             victims = chance.sample(range(size), chance.randint(1, 2))
-            times = {str(rank): chance.uniform(0.5, 1.3) * seconds for rank in victims}
+            times = {str(rank): chance.uniform(0.4, 1.0) * seconds for rank in victims}
             how = {"size": size, "kills": times, "all_after": chance.choice((None, 0.0, 0.1))}
             how |= {"silent_seconds": IMPATIENT_SECONDS}
             done = server.ask({**job, **how, "out": target.url})

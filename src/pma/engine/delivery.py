@@ -21,10 +21,8 @@ from pma.engine import commit, provenance
 from pma.engine.commit import How, Merge, check_room, is_written
 from pma.engine.journal import JOURNAL_FILE, Journal, journals_of_others
 from pma.engine.lease import LEASE_FILE, Lease
-from pma.engine.on_ray import writing as on_ray
 from pma.engine.plan import Plan
 from pma.engine.staging import built_at, make_private, private_folder
-from pma.engine.together import writing as together
 from pma.engine.together.hands import remove_left_over
 from pma.engine.together.in_store import as_begun, refuse_in_store
 from pma.engine.together.places import stamp_of
@@ -56,9 +54,14 @@ def write(plan: Plan, out: Path, **how: Unpack[How]) -> Merge:
     """As `commit.write`, also to a store: then it is built in `staging` first. An interrupted attempt goes
     on, be it at building or at sending. With a `crew`, see `together.write`.
     """
+    # what only several processes need is imported by them: 20 ms of every command
     if (on := how.get("ray")) is not None:
+        from pma.engine.on_ray import writing as on_ray
+
         return on_ray.write(plan, out, on, **how)
     if how.get("crew") is not None:
+        from pma.engine.together import writing as together
+
         return together.write(plan, out, **how)
     begun = as_begun(plan, out, fresh=how.get("fresh", False)) if isinstance(out, RemotePath) else plan
     return write_all([(begun, out)], **how)[0]

@@ -78,7 +78,8 @@ def _refuse_foreign(folder: Path) -> None:
     """
     entries = [] if folder.is_symlink() else list(folder.rglob("*"))
     ours = not entries or any(entry.name.startswith(LEASE_FILE) for entry in folder.iterdir())
-    plain = all(entry.is_dir() or entry.is_file() for entry in entries)
+    # one who asks for the lease at the same time takes its own file away again
+    plain = all(entry.is_dir() or entry.is_file() or not os.path.lexists(entry) for entry in entries)
     if folder.is_symlink() or not ours or not plain or any(entry.is_symlink() for entry in entries):
         raise UsageError(
             f"{folder} is in the way and was not left by a merge; remove it or choose another output"
