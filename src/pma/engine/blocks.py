@@ -136,6 +136,11 @@ class Blocks(Sequence[Block]):
         """Name of the file that block `number` lies in."""
         return self._layout.files[bisect_right(self._firsts, number) - 1].name
 
+    def chunk_of(self, number: int) -> tuple[str, int]:
+        """`chunk` of block `number`, without making it."""
+        file = bisect_right(self._firsts, number) - 1
+        return self._layout.files[file].name, number - self._firsts[file]
+
     def averaged_types(self) -> set[tuple[DType, DType]]:
         """Types in the sources and in the output, of what is averaged."""
         averaged = [name for name, policy in self._policies.items() if policy is Policy.AVERAGE]

@@ -14,7 +14,8 @@ from pma.errors import PmaError, StorageError, UsageError
 _DISTRIBUTION = "pma-llm"
 _LOOK_SECONDS = 0.5
 _NAMED = 8
-_MERGING = "pma.engine.on_ray.task"
+# the module whose `look` is for merges
+MERGING = "pma.engine.on_ray.task"
 
 
 def _probe() -> Callable[[bytes, str, str, str], dict[str, Any]]:
@@ -42,7 +43,12 @@ def _probe() -> Callable[[bytes, str, str, str], dict[str, Any]]:
     return probe
 
 
-def begin_look(cluster: Cluster, node: Node, packed: bytes, look_in: str = _MERGING) -> Any:
+def all_of(nodes: Sequence[Node]) -> Sequence[Node]:
+    """Every node is used."""
+    return nodes
+
+
+def begin_look(cluster: Cluster, node: Node, packed: bytes, look_in: str = MERGING) -> Any:
     """Have a node look, by `look(packed, its name)` of the module `look_in`; returns the task."""
     return cluster.start(node, _probe(), packed, node.name, version(_DISTRIBUTION), look_in, cores=0)
 
@@ -59,9 +65,9 @@ def check_all(
     cluster: Cluster,
     packed: bytes,
     seconds: float,
-    look_in: str = _MERGING,
+    look_in: str = MERGING,
     *,
-    used: Callable[[Sequence[Node]], Sequence[Node]] = lambda nodes: nodes,
+    used: Callable[[Sequence[Node]], Sequence[Node]] = all_of,
 ) -> list[Node]:
     """Have all nodes that are `used` look, as by `begin_look`; returns those that live on. Raises what the
     first one found wrong, StorageError where one does not answer.

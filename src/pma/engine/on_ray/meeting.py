@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from pma.cluster import Cluster, Node, OnRay
@@ -20,6 +19,7 @@ from pma.engine.stopping import StopFlag
 from pma.engine.stream import Digests
 from pma.engine.together.crew import Crew
 from pma.engine.together.driver import Driver, Held
+from pma.engine.together.writing import Beating
 from pma.remote import RemotePath
 
 _PARTS_PER_SLOT = 4
@@ -53,7 +53,7 @@ class Meeting:
             save_seconds=self._how.get("save_seconds", SAVE_SECONDS),
             silent_seconds=Crew.silent_seconds,
         ).packed()
-        with self.driver.telling(), _beating(held, self.driver):
+        with self.driver.telling(), kept_up([Beating(held), self.driver], StopFlag()):
             self._nodes = check_all(self._cluster, self._packed, self._on.node_seconds)
 
     def carry_out(self, held: Held, done: Digests, count: Count, stop: StopFlag) -> None:
@@ -85,16 +85,3 @@ class Meeting:
             what = "files" if in_store else "blocks"
             tell(f"{slots} parts could run at once on {len(self._nodes)} nodes, and there are {count} {what}")
         return self._plan.partition(count, whole_files=in_store, done=done)
-
-
-@contextmanager
-def _beating(held: Held, driver: Driver) -> Iterator[None]:
-    """Show that we live, in whatever way shows it there."""
-
-    class Beat:
-        def save(self) -> None:
-            held.show_life()
-            driver.save()
-
-    with kept_up([Beat()], StopFlag()):
-        yield

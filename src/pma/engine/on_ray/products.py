@@ -15,6 +15,7 @@ from pma.engine.gram import GroupOf, InnerProducts, Sums, bytes_to_read, of_sums
 from pma.engine.on_ray import recipes
 from pma.engine.on_ray.checking import check_all
 from pma.engine.on_ray.recipes import Recipe, again, recipe
+from pma.engine.on_ray.roster import Roster
 from pma.engine.on_ray.sharing import part_count
 from pma.engine.on_ray.workers import Answer, Job, Room, Workers, answered
 from pma.engine.partition import Part
@@ -34,7 +35,7 @@ def inner_products(
     on: OnRay,
     progress: Progress | None = None,
     show: Callable[[Sequence[NodeProgress]], None] | None = None,
-    tell: Callable[[str], None] | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> InnerProducts:
     """As `gram.inner_products`, but for the last digits of fp64, as sums are of parts. `group_of` is called
     on the nodes too.
@@ -46,18 +47,8 @@ def inner_products(
     with connected(on) as cluster:
         seen = recipes.packed([plan])
         nodes = check_all(cluster, seen, on.node_seconds, recipes.__name__)
-        workers = Workers[Item](
-            cluster,
-            on,
-            _Adder,
-            recipe(plan),
-            group_of,
-            nodes=nodes,
-            packed=seen,
-            look_in=recipes.__name__,
-            show=show,
-            tell=tell,
-        )
+        roster = Roster(cluster, nodes, on=on, packed=seen, look_in=recipes.__name__, tell=tell)
+        workers = Workers[Item](cluster, roster, _Adder, recipe(plan), group_of, show=show, tell=tell)
         parts = plan.partition(part_count(plan, {}, _PARTS_PER_SLOT * workers.room(sums)))
         try:
             workers.carry_out([[item] for item in enumerate(parts) if len(item[1])], sums)
@@ -111,10 +102,6 @@ class _Adding:
             gram_GNN=sum((each.gram_GNN for each in ordered), none.gram_GNN),
             bytes_read=sum(each.bytes_read for each in ordered),
         )
-
-    def used(self, nodes: Sequence[Node]) -> Sequence[Node]:
-        """All: where there are too many, each has less to do."""
-        return nodes
 
     def room(self, node: Node) -> Room:
         """As many as read at once there, each with the cores of its threads."""

@@ -1,4 +1,4 @@
-"""The nodes of a cluster while they work for one output: which live, which have room, how each does."""
+"""The nodes of a cluster while they work for us: which live, which have room, how each does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from pma.cluster import Cluster, Node, NodeProgress, OnRay
-from pma.engine.on_ray.checking import begin_look, wrong_in
+from pma.engine.on_ray.checking import MERGING, all_of, begin_look, wrong_in
 from pma.errors import PmaError, StorageError
 
 _NODES_SECONDS = 1.0
@@ -21,7 +21,8 @@ Clock = Callable[[], float]
 class Roster:
     """Those that looked at the sources before, `nodes`, and those that join and look later.
 
-    `packed`: what a node needs to look. `tell` hears of nodes that are left out.
+    `packed`, `look_in`: as for `begin_look`. `used`: those of the cluster's nodes that are to work. `tell`
+    hears of nodes that are left out.
     """
 
     def __init__(
@@ -32,9 +33,12 @@ class Roster:
         on: OnRay,
         packed: bytes,
         tell: Callable[[str], None],
+        look_in: str = MERGING,
+        used: Callable[[Sequence[Node]], Sequence[Node]] = all_of,
         clock: Clock = time.monotonic,
     ) -> None:
-        self._cluster, self._on, self._packed, self._tell, self._clock = cluster, on, packed, tell, clock
+        self._cluster, self._on, self._tell, self._clock = cluster, on, tell, clock
+        self._packed, self._look_in, self._used = packed, look_in, used
         self._alive = {node.key: node for node in nodes}
         self._fit = set(self._alive)
         self._unfit: dict[str, str] = {}
@@ -42,9 +46,13 @@ class Roster:
         self._rest_until: dict[str, float] = {}
         self._did: dict[str, NodeProgress] = {}
         self._since: dict[str, float] = {}
-        self._looked_at = self._usable_at = clock()
+        self.resume()
 
     # ---- which there are ----
+
+    def resume(self) -> None:
+        """The nodes have something to do again, and were not looked at meanwhile."""
+        self._looked_at = self._usable_at = self._clock()
 
     def refresh(self) -> None:
         """Now and then, see which nodes live; those that joined are to look first. Raises StorageError where
@@ -54,15 +62,24 @@ class Roster:
         if now - self._looked_at < _NODES_SECONDS:
             return
         self._looked_at = now
-        self._alive = {node.key: node for node in self._cluster.nodes()}
+        self._alive = {node.key: node for node in self._used(self._cluster.nodes())}
         looked = {*self._fit, *self._unfit, *(node.key for node in self._looks.values())}
         for key in self._alive.keys() - looked:
-            self._looks[begin_look(self._cluster, self._alive[key], self._packed)] = self._alive[key]
-        if self._usable():
+            node = self._alive[key]
+            self._looks[begin_look(self._cluster, node, self._packed, self._look_in)] = node
+        if self.usable:
             self._usable_at = now
         elif now - self._usable_at > self._on.node_seconds:
-            why = "; ".join(self._unfit.values()) or "all of them are gone"
-            raise StorageError(f"no node of the Ray cluster can go on: {why}")
+            raise self._nobody()
+
+    def check_any_may_come(self) -> None:
+        """Raises StorageError where nodes live and every one of them was left out."""
+        if self._alive and self._alive.keys() <= self._unfit.keys():
+            raise self._nobody()
+
+    def _nobody(self) -> StorageError:
+        why = "; ".join(self._unfit.values()) or "all of them are gone"
+        return StorageError(f"no node of the Ray cluster can go on: {why}")
 
     @property
     def looks(self) -> list[Any]:
@@ -89,7 +106,9 @@ class Roster:
         """Whether a node was there when it was last looked."""
         return key in self._alive
 
-    def _usable(self) -> list[Node]:
+    @property
+    def usable(self) -> list[Node]:
+        """Those that live and looked."""
         return [node for key, node in self._alive.items() if key in self._fit]
 
     # ---- which has room ----
@@ -98,12 +117,14 @@ class Roster:
         """Rather give it nothing for a while."""
         self._rest_until[node.key] = self._clock() + _REST_SECONDS
 
-    def free(self, running: Counter[str]) -> Node | None:
-        """The node with least to do, if any has room for one more part than are `running` on it."""
-        now, nodes = self._clock(), self._usable()
+    def free(
+        self, running: Counter[str], room: Callable[[Node], int] = lambda node: node.slots
+    ) -> Node | None:
+        """The node with least to do, if any has `room` for one more than are `running` on it."""
+        now, nodes = self._clock(), self.usable
         awake = [node for node in nodes if self._rest_until.get(node.key, 0.0) <= now]
-        room = [(running[node.key], node) for node in awake or nodes if running[node.key] < node.slots]
-        return min(room, key=lambda one: (one[0], -one[1].slots), default=(0, None))[1]
+        free = [node for node in awake or nodes if running[node.key] < room(node)]
+        return min(free, key=lambda node: (running[node.key], -room(node)), default=None)
 
     # ---- how each does ----
 

@@ -141,7 +141,7 @@ class Sharing:
     def _rest_of(self, part: Part) -> Part:
         """What of a part is not done."""
         blocks = self._plan.blocks
-        numbers = [number for number in part if blocks[number].chunk not in self._done]
+        numbers = [number for number in part if blocks.chunk_of(number) not in self._done]
         cuts = [0, *(at for at in range(1, len(numbers)) if numbers[at] != numbers[at - 1] + 1), len(numbers)]
         ranges = tuple(range(numbers[a], numbers[b - 1] + 1) for a, b in pairwise(cuts) if b > a)
         return Part(ranges=ranges, bytes_to_read=0, bytes_to_write=0)

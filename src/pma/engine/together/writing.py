@@ -17,7 +17,7 @@ from pma.engine.plan import Plan
 from pma.engine.stopping import StopFlag
 from pma.engine.stream import stream
 from pma.engine.together.crew import Crew
-from pma.engine.together.driver import Driver, check_all_there
+from pma.engine.together.driver import Driver, Held, check_all_there
 from pma.engine.together.hands import remove_left_over
 from pma.engine.together.in_store import remove_words
 from pma.engine.together.part import Place, Working, pauses
@@ -103,11 +103,11 @@ def commit(building: Building, *, sha256: bool = False, hash_sources: bool = Fal
 class Beating:
     """Shows that the driver lives while it does nothing else."""
 
-    def __init__(self, building: Building) -> None:
-        self._building = building
+    def __init__(self, held: Held) -> None:
+        self._held = held
 
     def save(self) -> None:
-        self._building.show_life()
+        self._held.show_life()
 
 
 def _followed(plan: Plan, out: Path, crew: Crew, started: float, how: How) -> Merge:

@@ -13,6 +13,7 @@ from pma.cluster import Cluster, Node, NodeProgress, OnRay, connected
 from pma.engine import Plan
 from pma.engine.on_ray.checking import check_all
 from pma.engine.on_ray.recipes import recipe
+from pma.engine.on_ray.roster import Roster
 from pma.engine.on_ray.workers import Job, Room, Workers
 from pma.engine.provenance import absolute, check_unchanged
 from pma.errors import UsageError, printable
@@ -41,7 +42,7 @@ class OnNodes:
         threads: int,
         most_per_node: int | None = None,
         show: Callable[[Sequence[NodeProgress]], None] | None = None,
-        tell: Callable[[str], None] | None = None,
+        tell: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._on, self._threads, self._most_per_node = on, threads, most_per_node
         self._show, self._tell = show, tell
@@ -130,16 +131,10 @@ class OnNodes:
         nodes = check_all(cluster, packed, self._on.node_seconds, look_in, used=self.used)
         self._looked_at |= sources
         if self._workers is None:
+            how: dict[str, Any] = {"packed": packed, "look_in": look_in, "used": self.used}
+            roster = Roster(cluster, nodes, on=self._on, tell=self._tell, **how)
             self._workers = Workers[Item](
-                cluster,
-                self._on,
-                Models,
-                self._threads,
-                nodes=nodes,
-                packed=packed,
-                look_in=look_in,
-                show=self._show,
-                tell=self._tell,
+                cluster, roster, Models, self._threads, show=self._show, tell=self._tell
             )
             self._stack.callback(self._workers.end)
         return self._workers
@@ -173,7 +168,7 @@ class _Asked:
         self._measures, self._load, self._context_tokens = measures, load, context_tokens
         self._begun: set[int] = set()
         self._left = [dict(enumerate(each.measures)) for each in wanted]
-        self.used, self.room = nodes.used, nodes.room
+        self.room = nodes.room
 
     def arguments(self, job: Job[Item]) -> tuple[Any, ...]:
         """The batch that is left to make."""
