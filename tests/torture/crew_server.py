@@ -1,10 +1,11 @@
 """A process that has everything imported and compiled, and forks the ranks of one merge for each line it is
 given, to kill some. Run as a script; see `test_together.py`.
 
-A line: {"sources", "out", "size", "kills": {rank: seconds}, "all_after": seconds or null, "silent_seconds",
-"staging", which an output in a store needs}. `all_after`: then every other rank is killed too, as launchers
-do. The answer: {"killed": ranks, "seconds", "outcomes": {rank: bytes resumed, or what it failed with}}. In
-the first line, which is for warming up: "slower_seconds", of each write, and "driver", of a store, or null.
+A line: {"sources", "out", "size", "kills": {rank: seconds}, "once": path, "all_after": seconds or null,
+"silent_seconds", "staging", which an output in a store needs}. `once`, where there is one: the seconds of the
+kills count from when that file exists. `all_after`: then every other rank is killed too, as launchers do.
+The answer: {"killed": ranks, "seconds", "outcomes": {rank: bytes resumed, or what it failed with}}. In the
+first line, which is for warming up: "slower_seconds", of each write, and "driver", of a store, or null.
 """
 
 import json
@@ -58,6 +59,13 @@ def _forked(job: dict[str, Any], rank: int) -> tuple[int, int]:
     return child, reading
 
 
+def _await(path: Path, children: dict[int, tuple[int, int]]) -> None:
+    """Until it exists, or a rank has ended."""
+    ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    while not path.exists() and not any(os.waitid(os.P_PID, child, ended) for child, _ in children.values()):
+        time.sleep(0.01)
+
+
 def _carried_out(job: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
     children = {rank: _forked(job, rank) for rank in range(job["size"])}
@@ -69,8 +77,12 @@ def _carried_out(job: dict[str, Any]) -> dict[str, Any]:
             # at once, as launchers do: one that is not waited for looks to the others as if it lived
             killed[rank] = os.WIFSIGNALED(os.waitpid(children[rank][0], 0)[1])
 
+    kills_from = started
+    if "once" in job:
+        _await(Path(job["once"]), children)
+        kills_from = time.monotonic()
     for seconds, rank in sorted((seconds, int(rank)) for rank, seconds in job["kills"].items()):
-        time.sleep(max(started + seconds - time.monotonic(), 0))
+        time.sleep(max(kills_from + seconds - time.monotonic(), 0))
         kill(rank)
     if job["all_after"] is not None:
         time.sleep(job["all_after"])

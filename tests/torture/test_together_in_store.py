@@ -4,8 +4,13 @@ before it is, every file that arrived stays, and any number of processes goes on
 
 import json
 import random
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from blake3 import blake3
@@ -24,7 +29,7 @@ __all__ = ["bucket", "started_server"]
 
 SHAPES = dict.fromkeys("abcdefgh", (1_000_000,))  # eight files of 2 MB
 KILLS = 12
-LEAST_RESUMED = 1
+MOST_OUTPUTS = 60
 # a journal in a store is silent for two seconds and a bit; the end of a process is noticed at once
 PATIENT_SECONDS, IMPATIENT_SECONDS = 60.0, 5.0
 
@@ -63,6 +68,28 @@ class Target:
         words = [data for name, data in self._bucket.files(self._name).items() if name.startswith(".pma-")]
         return max((line.count(b'"stamp"') for data in words for line in data.splitlines()), default=0)
 
+    @contextmanager
+    def told_once_arrived(self, least: int, path: Path) -> Iterator[Path]:
+        """A file that exists from when as many files of the output arrived on."""
+        over = threading.Event()
+
+        def watch() -> None:
+            arrived = 0
+            while not over.is_set() and arrived < least:
+                time.sleep(0.05)
+                with suppress(FileNotFoundError):  # listed, and then replaced or cleared
+                    arrived = self.arrived()
+            path.touch()
+
+        watching = threading.Thread(target=watch)
+        watching.start()
+        try:
+            yield path
+        finally:
+            over.set()
+            watching.join()
+            path.unlink()
+
     def check_finished(self) -> None:
         """Nothing lies beside it."""
         assert self.check()
@@ -72,52 +99,70 @@ class Target:
         assert {output["name"] for output in told["outputs"]} == set(self._expected)
 
 
+@dataclass
+class Tally:
+    kills: int = 0
+    of_rank_0: int = 0
+    stopped_by_themselves: int = 0
+    resumed: int = 0
+
+
+def kill_ranks(
+    target: Target, server: Server, job: dict[str, Any], chance: random.Random, tally: Tally
+) -> int:
+    """One launch, of which a rank or two are killed. Returns how many files it leaves to go on with."""
+    size = chance.choice((2, 3, 4))
+    victims = chance.sample(range(size), chance.randint(1, 2))
+    # by the clock alone a slow machine has nothing to go on with, and a fast one is through
+    least = chance.choice((0, 1, 2, 4))
+    within = 2.0 if least == 0 else 0.2
+    how = {
+        "size": size,
+        "kills": {str(rank): chance.uniform(0, within) for rank in victims},
+        "all_after": chance.choice((None, 0.0, 0.1)),
+        "silent_seconds": IMPATIENT_SECONDS,
+    }
+    with target.told_once_arrived(least, Path(job["staging"]).with_name("enough")) as once:
+        done = server.ask({**job, **how, "out": target.url, "once": str(once)})
+    tally.kills += len(set(done["killed"]) & set(victims))
+    tally.of_rank_0 += 0 in done["killed"]
+    tally.stopped_by_themselves += sum(isinstance(said, str) for said in done["outcomes"].values())
+    return 0 if target.check() else target.arrived()
+
+
+def finish(target: Target, server: Server, job: dict[str, Any], size: int, arrived: int) -> bool:
+    """One launch of which none is killed. Returns whether it goes on with what was there."""
+    said = server.ask({**job, "out": target.url, "size": size})["outcomes"]["0"]
+    target.check_finished()
+    if size == 1:  # it builds all again, and refuses what is finished
+        assert said == 0 or "exists already" in str(said)
+        return False
+    assert isinstance(said, int), said
+    assert said > 0 or not arrived
+    return arrived > 0
+
+
 def test_ranks_killed_while_they_send(
     tmp_path: Path, bucket: Bucket, server: Server, chance: random.Random, multiplier: int
 ) -> None:
     sources = tiny_run(tmp_path / "run", steps=3, shapes=SHAPES, shards=len(SHAPES))
-    job = {"sources": [str(path) for path in sources], "kills": {}, "all_after": None}
+    staging = tmp_path / "staging-of-ranks"
+    job: dict[str, Any] = {"sources": [str(path) for path in sources], "kills": {}, "all_after": None}
     server.ask({**job, "out": str(tmp_path / "one"), "size": 1})
     expected = weights_of(tmp_path / "one")
-    staging = tmp_path / "staging-of-ranks"
     job |= {"staging": str(staging), "silent_seconds": PATIENT_SECONDS}
-    times_taken = []
-    for name in ("timed-1", "timed-2"):  # the first has the server of the store warm up, too
-        times_taken.append(server.ask({**job, "out": f"{bucket.url}/{name}", "size": 3})["seconds"])
-        Target(bucket, name, expected).check_finished()
-    seconds = min(times_taken)
-    kills = leaders = resumed = outputs = told = 0
-    while kills < KILLS * multiplier or (resumed < LEAST_RESUMED and kills < 3 * KILLS):
+    whole = Target(bucket, "whole", expected)
+    assert not finish(whole, server, job, size=3, arrived=0)
+    tally, outputs = Tally(), 0
+    # kills that all miss, or none of which rank 0 meets, would test nothing
+    while tally.kills < KILLS * multiplier or not (tally.resumed and tally.of_rank_0):
         target = Target(bucket, f"out-{outputs}", expected)
         outputs += 1
-        arrived = 0
         for _ in range(chance.randint(1, 3)):
-            size = chance.choice((2, 3, 4))
-            victims = chance.sample(range(size), chance.randint(1, 2))
-            times = {str(rank): chance.uniform(0.4, 1.0) * seconds for rank in victims}
-            how = {"size": size, "kills": times, "all_after": chance.choice((None, 0.0, 0.1))}
-            how |= {"silent_seconds": IMPATIENT_SECONDS}
-            done = server.ask({**job, **how, "out": target.url})
-            kills += len(set(done["killed"]) & set(victims))
-            leaders += 0 in done["killed"]
-            told += sum(isinstance(said, str) for said in done["outcomes"].values())
+            arrived = kill_ranks(target, server, job, chance, tally)
             if target.check():
                 break
-            arrived = target.arrived()
-        size = chance.choice((1, 2, 3))
-        said = server.ask({**job, "out": target.url, "size": size})["outcomes"]["0"]
-        if size == 1:  # it builds all again, and refuses what is finished
-            assert said == 0 or "exists already" in str(said)
-        else:
-            assert isinstance(said, int), said
-            assert said > 0 or not arrived
-            resumed += arrived > 0
-        target.check_finished()
+        tally.resumed += finish(target, server, job, chance.choice((1, 2, 3)), arrived)
         assert [path for path in staging.rglob("*") if path.is_file()] == []
-    print(
-        f"\n{kills} kills of ranks, {leaders} of rank 0, {outputs} outputs in a store, {resumed} resumed; "
-        f"{told} ranks stopped by themselves"
-    )
-    # or these kills would have tested nothing
-    assert resumed >= LEAST_RESUMED
-    assert leaders > 0
+        assert outputs < MOST_OUTPUTS * multiplier, tally
+    print(f"\n{tally}, {outputs} outputs in a store")
