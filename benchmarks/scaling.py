@@ -147,11 +147,13 @@ def merged(run: Path, out: Path, workers: int, rates: Rates, engine: str) -> dic
         return {**_told(launch, merge, rates), "command_seconds": time.monotonic() - started}
 
 
-def predicted(run: Path, workers: int, rates: Rates) -> float:
+def predicted(run: Path, workers: int, rates: Rates, engine: str) -> float:
     """The seconds that `pma plan --nodes` tells, without those of planning, which is over when a merge's
     clock starts.
     """
-    asked = ["--nodes", str(workers), "--read", str(rates.read), "--write", str(rates.write)]
+    asked = ["--nodes", str(max(workers, 1)), "--read", str(rates.read), "--write", str(rates.write)]
+    if engine == "ray" and workers:
+        asked += ["--on", "ray"]
     told = _told([sys.executable], ["plan", *_sources(run), *asked], rates)["scaling"]
     return float(told["seconds"]) - float(told["planning_seconds"])
 
@@ -179,6 +181,7 @@ def measured(
     """Seconds by number of workers, and what was predicted."""
     counted = [*([0] if engine == "ray" else []), *workers]
     seconds: dict[int, list[float]] = {count: [] for count in counted}
+    streaming: dict[int, list[float]] = {count: [] for count in counted}
     commands: dict[int, list[float]] = {count: [] for count in counted}
     expected: dict[str, str] | None = None
     loads: list[float] = []
@@ -188,6 +191,7 @@ def measured(
             loads.append(os.getloadavg()[0])
             told = merged(run, out, count, rates, engine)
             seconds[count].append(told["seconds"])
+            streaming[count].append(told["stream_seconds"])
             commands[count].append(told["command_seconds"])
             expected = expected or digests(out)
             assert digests(out) == expected, f"{count} workers made other bytes"
@@ -196,11 +200,12 @@ def measured(
     one = statistics.median(seconds[workers[0]])
     rows = []
     for count in counted:
-        median, foreseen = statistics.median(seconds[count]), predicted(run, max(count, 1), rates)
+        median, foreseen = statistics.median(seconds[count]), predicted(run, count, rates, engine)
         rows.append(
             {
                 "workers": count,
                 "seconds": seconds[count],
+                "stream_seconds": streaming[count],
                 "command_seconds": commands[count],
                 "speed_up": one / median,
                 "predicted_seconds": foreseen,

@@ -151,6 +151,9 @@ def test_plan_for_several_nodes(run: Path) -> None:
     assert "3 nodes have nothing to do" in shown
     assert "rate 'fast'" in error_of(pma("plan", run, "--last", 3, "--nodes", 4, "--read", "fast"))
     assert "scaling" not in json.loads(pma("plan", run, "--last", 3, "--json").stdout)
+    on_ray = json.loads(pma(*asked, "--on", "ray", "--json").stdout)["scaling"]
+    assert on_ray["starting_seconds"] > scaling["starting_seconds"] + on_ray["planning_seconds"]
+    assert "needs --nodes" in error_of(pma("plan", run, "--last", 3, "--on", "ray"))
 
 
 def test_a_roofline_is_of_one_process(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,8 +368,8 @@ FLAGS = {
     "demo": "--json --moe --out",
     "inspect": "--json --pattern --tensors",
     "plan": "--allow-mixed-phases --allow-nonfinite --as-given --at --copy --dtype --every --exclude --json "
-    "--last --like --map --memory --nodes --pattern --preset --read --scheme --threads --to --use --weights "
-    "--with-optimizer --write",
+    "--last --like --map --memory --nodes --on --pattern --preset --read --scheme --threads --to --use "
+    "--weights --with-optimizer --write",
     "merge": "--allow-mixed-phases --allow-nonfinite --as-given --at --break-lock --copy --dtype --every "
     "--exclude --fresh --hash-sources --inside-run --json --last --like --map --measure-roofline --memory "
     "--on --out --pattern --per-node --preset --ray-address --scheme --sha256 --staging --threads --to --use "

@@ -279,8 +279,17 @@ def test_what_is_done_is_not_given_again(world: World) -> None:
     assert all_done(world)
     assert sum(len(task.part) for task in world.given) == 9 + len(lost[0].part) - 2
     (line,) = seen.told
-    assert line == f"{lost[0].node.name}: part 0 is given to a node again: WorkerCrashedError"
-    assert world.given[0].name != next(one for one in world.given[1:] if one.name[0] == "0").name
+    number, _ = lost[0].name.split("-")
+    assert line == f"{lost[0].node.name}: part {number} is given to a node again: WorkerCrashedError"
+    names = [one.name for one in world.given if one.name.startswith(f"{number}-")]
+    assert len(set(names)) == 2
+
+
+def test_the_largest_part_is_given_first(world: World) -> None:
+    share(world, parts=4)
+    sizes = [part.bytes_to_read for part in world.plan.partition(4)]
+    given = [sizes[int(task.name.split("-")[0])] for task in world.given]
+    assert given == sorted(sizes, reverse=True) != sizes
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from pma.cli.on_ray import On, PerNode, RayAddress, nodes_shown, on_ray
 from pma.cli.output import command, note, or_unknown, say, table
 from pma.cli.transfer import cost, sending, show_cost, told_by_another, transfer
 from pma.engine import SNAPSHOTS, Plan
-from pma.errors import printable
+from pma.errors import UsageError, printable
 from pma.quantities import bytes_text, count_text, parse_rate
 from pma.remote import location
 
@@ -55,6 +55,7 @@ def plan(
     nodes: flags.Nodes = None,
     read: flags.ReadRate = "1GB/s",
     write: flags.WriteRate = "1GB/s",
+    on: On = None,
     json_output: flags.Json = False,
 ) -> dict[str, Any]:
     """What a merge would do, without reading a tensor: sources, weights, tensors by policy, bytes, memory.
@@ -90,12 +91,16 @@ def plan(
         memory=memory,
     )
     rates = {"read_rate": parse_rate(read), "write_rate": parse_rate(write)}
+    ray = on_ray(on, None, None) is not None
+    if ray and nodes is None:
+        raise UsageError("pma plan --on ray needs --nodes: on how many")
     started = time.monotonic()
     with verbs.plan(chosen, options) as planned:
         description = planned.describe()
         if nodes is not None:
             seconds = time.monotonic() - started
-            description["scaling"] = asdict(engine.predict(planned, nodes, planning_seconds=seconds, **rates))
+            found = engine.predict(planned, nodes, planning_seconds=seconds, on_ray=ray, **rates)
+            description["scaling"] = asdict(found)
     if is_run:
         description["suggestion"] = verbs.suggestion(trajectory.resolve(sources, pattern=pattern))
     if not json_output:

@@ -61,6 +61,8 @@ class ReadAhead:
         self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="pma-ahead") if self._remote else None
 
     def __enter__(self) -> ReadAhead:
+        with self._lock:  # while whoever takes them still gets ready
+            self._ask_for_more()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,13 +73,16 @@ class ReadAhead:
     def next(self) -> Block | None:
         """The next block, its bytes and those of blocks after it on their way; None after the last."""
         with self._lock:
-            while len(self._coming) < (_MOST_BLOCKS if self._is_hungry() else 1):
-                block = next(self._blocks, None)
-                if block is None:
-                    break
-                self._coming.append(block)
-                self._ask_for(block)
+            self._ask_for_more()
             return self._coming.popleft() if self._coming else None
+
+    def _ask_for_more(self) -> None:
+        while len(self._coming) < (_MOST_BLOCKS if self._is_hungry() else 1):
+            block = next(self._blocks, None)
+            if block is None:
+                break
+            self._coming.append(block)
+            self._ask_for(block)
 
     def _is_hungry(self) -> bool:
         """Whether fewer windows are waited for than can be had at once."""

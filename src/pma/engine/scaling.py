@@ -14,6 +14,8 @@ _STARTING_SECONDS = 0.3
 # rank 0 waits for all others twice, at the start and at the end: half a pause of 5 ms for each of them, and
 # a look at each, which over a network takes about a millisecond
 _SECONDS_PER_OTHER = 2 * (0.005 / 2 + 0.001)
+# with Ray, before the nodes stream: connecting takes 0.6 s, and a process on each, which imports Ray, as much
+_RAY_SECONDS = 1.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,8 @@ class Scaling:
     """One process a node: `seconds` from the plan's start on until the output has its name; the most bytes
     that a node moves; its memory.
 
-    `seconds` has `planning_seconds` in it, and `starting_seconds`: to load the arithmetic, meet and commit.
+    `seconds` has `planning_seconds` in it, and `starting_seconds`: to load the arithmetic, meet and commit;
+    with Ray also for its start, and as the nodes plan after the process that drives.
     `files_shared`: output files that more than one node writes; `nodes_idle`: nodes without a block. In a
     store a file is written by one node: `files_in_store` of them, which may be more than the `files` of an
     output in a folder, take `seconds_to_store`.
@@ -44,7 +47,13 @@ class Scaling:
 
 
 def predict(
-    plan: Plan, nodes: int, *, read_rate: int, write_rate: int, planning_seconds: float = 0.0
+    plan: Plan,
+    nodes: int,
+    *,
+    read_rate: int,
+    write_rate: int,
+    planning_seconds: float = 0.0,
+    on_ray: bool = False,
 ) -> Scaling:
     """What `nodes` processes would take whose storage moves so many bytes a second for each.
 
@@ -56,6 +65,8 @@ def predict(
     parts, in_store = plan.partition(nodes), plan.resharded(nodes)
     threads, parts_in_store = plan.options.threads, in_store.partition(nodes, whole_files=True)
     starting_seconds = _STARTING_SECONDS + _SECONDS_PER_OTHER * (nodes - 1)
+    if on_ray:
+        starting_seconds += _RAY_SECONDS + planning_seconds
     seconds, to_store = (
         planning_seconds
         + starting_seconds

@@ -106,7 +106,9 @@ class Sharing:
 
     def carry_out(self, parts: Sequence[Part], stop: StopFlag) -> None:
         """Return when all parts are done, or soon where `stop` is set. Raises what cannot be mended."""
-        self._left.extend(_Piece(number=number, part=part) for number, part in enumerate(parts))
+        pieces = [_Piece(number=number, part=part) for number, part in enumerate(parts)]
+        # the largest first: what is left at the end, when some have nothing to do any more, is small
+        self._left.extend(sorted(pieces, key=lambda piece: -piece.part.bytes_to_read))
         pause = _STORE_LOOK_SECONDS if isinstance(self._held.folder, RemotePath) else _LOOK_SECONDS
         while (self._left or self._tries) and not stop.is_set():
             self._roster.refresh()

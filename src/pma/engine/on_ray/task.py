@@ -88,9 +88,6 @@ def _look(spec: Spec, plan: Plan, who: str) -> Answer:
         if found is not None:
             raise MismatchError(f"{found}; every node has to see the same files")
         _try_to_write(place.folder)
-    from pma.engine.compute import load_kernels
-
-    load_kernels(plan.blocks.averaged_types())
     return {}
 
 
@@ -123,10 +120,7 @@ def carry_out_part(packed: bytes, part: Part, name: str, who: str) -> Answer:
 
 
 def _carry_out(packed: bytes, part: Part, name: str, who: str) -> Answer:
-    from pma.engine.compute import load_kernels
-
     spec, plan = _plan_of(packed)
-    load_kernels(plan.blocks.averaged_types())
     made = carry_out(
         plan,
         part,
