@@ -61,14 +61,17 @@ class ReadAhead:
         self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="pma-ahead") if self._remote else None
 
     def __enter__(self) -> ReadAhead:
-        with self._lock:  # while whoever takes them still gets ready
-            self._ask_for_more()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop_waiting()
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def begin(self) -> None:
+        """Read, while whoever takes the blocks still gets ready."""
+        with self._lock:
+            self._ask_for_more()
 
     def next(self) -> Block | None:
         """The next block, its bytes and those of blocks after it on their way; None after the last."""

@@ -71,6 +71,7 @@ def in_threads(run: Callable[[], None], threads: int, ahead: ReadAhead, stop: St
     try:
         with ahead:
             try:
+                ahead.begin()
                 _wait([pool.submit(run) for _ in range(threads)])
             finally:
                 stop.set()
