@@ -154,7 +154,7 @@ class Cluster:
         """Keep a value for the nodes, which get it by `kept`."""
         return self._ray.put(value)
 
-    def call_off(self, tasks: Sequence[Any], seconds: float) -> None:
+    def await_end(self, tasks: Sequence[Any], seconds: float) -> None:
         """Wait some seconds at most for tasks that are about to end. Those that go on are ended by Ray when
         this process leaves the cluster, within a tenth of a second.
         """

@@ -90,7 +90,7 @@ def check_all(
                 names = ", ".join(node.name for node in list(waiting.values())[:_NAMED])
                 raise StorageError(f"{names} did not answer within {seconds:.0f} s; nothing was written")
     finally:
-        cluster.call_off(list(waiting), 1.0)
+        cluster.await_end(list(waiting), 1.0)
     if not nodes:
         raise UsageError("the Ray cluster has no node with CPUs to give (`ray status`)")
     return list(nodes.values())
