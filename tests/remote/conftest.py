@@ -1,6 +1,7 @@
 """One server for all tests here; every test has a bucket of its own."""
 
 import itertools
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,4 +88,8 @@ def memory() -> Iterator[Any]:
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
     yield fsspec.filesystem("memory")
+    # what an interrupted merge left underway would arrive in the next test's store
+    for thread in threading.enumerate():
+        if thread.name.startswith("pma-send"):
+            thread.join()
     MemoryFileSystem.store.clear()

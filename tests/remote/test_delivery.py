@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from threading import Event
+from time import sleep
 from typing import Any
 
 import pytest
@@ -85,6 +87,35 @@ def test_what_is_half_sent_is_no_checkpoint_and_goes_on(
     for name in names(memory):
         if name.endswith(".safetensors"):
             assert memory.info(f"/merged/{name}")["created"] == before[name], "it was sent twice"
+
+
+def test_what_is_underway_when_another_file_fails_arrives_first_and_is_not_sent_again(
+    run: Path, memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    send, failing = Store.send, Event()
+
+    def one_fails_first(self: Store, file: Path, place: str) -> Any:
+        if place.endswith(first):
+            failing.set()
+            raise StorageError(f"{place}: sending failed")
+        if place.endswith(second):
+            assert failing.wait(10)
+            sleep(0.2)
+        return send(self, file, place)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "send", one_fails_first)
+        with pytest.raises(StorageError, match="sending failed"):
+            merge(run)
+    there = names(memory)
+    assert second in there
+    assert first not in there
+    sleep(0.3)
+    assert names(memory) == there
+    done = merge(run)
+    new = names(memory) - there | {"pma.json"}
+    assert done.bytes_sent == sum(memory.info(f"/merged/{name}")["size"] for name in new)
 
 
 def test_what_changed_in_the_store_is_sent_again(

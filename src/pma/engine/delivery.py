@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -223,9 +223,19 @@ class _Sending:
     def _at_once(self, names: Sequence[str]) -> Iterator[tuple[str, Entry]]:
         pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="pma-send")
         try:
-            waiting = {pool.submit(self._send, name): name for name in names}
-            for sent in as_completed(waiting):
-                yield waiting[sent], sent.result()
+            sends = {pool.submit(self._send, name): name for name in names}
+            pending, failed = set(sends), None
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for sent in done:
+                    if (error := sent.exception()) is None:
+                        yield sends[sent], sent.result()
+                        continue
+                    failed = failed or error
+                    # what is underway still arrives, and is not sent again; nothing arrives after we raise
+                    pending = {other for other in pending if not other.cancel()}
+            if failed is not None:
+                raise failed
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
