@@ -6,16 +6,19 @@ import hashlib
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
 
 from pma import engine, formats, trajectory
 from pma.engine import Crew, MergeOptions
+from pma.engine.compute import BlockWorker
 from pma.engine.lease import this_process
 from pma.engine.provenance import heading
 from pma.engine.together import in_store
@@ -69,15 +72,19 @@ def staging(paths: list[Path]) -> Path:
     return paths[0].parents[1] / "staging"
 
 
-def alone(paths: list[Path], out: Path) -> engine.Merge:
+def alone(paths: list[Path], out: Path, **how: Any) -> engine.Merge:
     with engine.plan(trajectory.from_checkpoints(paths).points) as planned:
-        return engine.write(planned, out, staging=staging(paths))
+        return engine.write(planned, out, **{"staging": staging(paths), **how})
 
 
 def there(memory: Any) -> dict[str, bytes]:
     """Names and contents of what lies in the output's place."""
     memory.invalidate_cache()
     return {found.removeprefix("/out/"): memory.cat_file(found) for found in memory.find("/out")}
+
+
+def weights(memory: Any) -> set[str]:
+    return {name for name in there(memory) if name.endswith(".safetensors")}
 
 
 def is_finished(run: list[Path], memory: Any) -> bool:
@@ -193,9 +200,53 @@ def test_one_process_goes_on_with_what_several_began(
 ) -> None:
     sending(fail)
     together(run, 5)  # re-sharded
-    sending(lambda place: None)
+    sent: list[str] = []
+    sending(sent.append)
     alone(run, location(URL))
-    assert len([name for name in there(memory) if name.endswith(".safetensors")]) == 5
+    assert not any("model-00001-of-00005" in place for place in sent), "it was sent twice"
+    assert len(weights(memory)) == 5
+    assert is_finished(run, memory)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_fresh_leaves_no_file_of_another_cut(
+    run: list[Path], memory: Any, sending: Callable[[Callable[[str], None]], None], size: int
+) -> None:
+    sending(fail)
+    together(run, 5)  # re-sharded
+    memory.pipe_file("/out/below/it", b"of another format")
+    sending(lambda place: None)
+    if size == 1:
+        alone(run, location(URL), fresh=True)
+    else:
+        together(run, size, fresh=True)
+    assert weights(memory) == {f"model-{number:05}-of-00003.safetensors" for number in (1, 2, 3)}
+    assert "below/it" not in there(memory)
+    assert is_finished(run, memory)
+    assert read_all(location(URL)).keys() == SHAPES.keys()
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_stale_view_leaves_what_was_sent_before(
+    run: list[Path], memory: Any, sending: Callable[[Callable[[str], None]], None], fresh: bool
+) -> None:
+    sending(fail)
+    together(run, 3)
+    sending(lambda place: None)
+    before = there(memory)
+    done = together(run, 6, paths_of={1: run[:2]}, fresh=fresh, join_seconds=20)
+    assert isinstance(done[0], MismatchError), done
+    assert "% of" not in str(done[0])
+    after = there(memory)
+    assert {name: data for name, data in after.items() if name in before and name != UNFINISHED_FILE} == {
+        name: data for name, data in before.items() if name != UNFINISHED_FILE
+    }
+    assert {**json.loads(after[UNFINISHED_FILE]), "released": 0} == {
+        **json.loads(before[UNFINISHED_FILE]),
+        "released": 0,
+    }
+    done = together(run, 2)
+    assert done[0].bytes_resumed > 0
     assert is_finished(run, memory)
 
 
@@ -241,6 +292,75 @@ def test_a_second_driver_is_refused_while_the_first_goes_on(
     assert "is being written by process" in str(refused[-1])
     assert all(isinstance(one, engine.Merge) for one in done), done
     assert is_finished(run, memory)
+
+
+def test_one_process_is_refused_while_several_go_on(
+    run: list[Path], memory: Any, sending: Callable[[Callable[[str], None]], None], tmp_path: Path
+) -> None:
+    refused: list[str] = []
+
+    def before(place: str) -> None:
+        if not refused and "00001-of" in place:
+            refused.append("only once")
+            with pytest.raises(UsageError) as caught:
+                alone(run, location(URL), staging=tmp_path / "other")
+            refused.append(str(caught.value))
+
+    sending(before)
+    done = together(run, 2)
+    assert "is being written by process" in refused[-1]
+    assert all(isinstance(one, engine.Merge) for one in done), done
+    assert is_finished(run, memory)
+
+
+def test_several_and_another_are_refused_while_one_sends(
+    run: list[Path], memory: Any, sending: Callable[[Callable[[str], None]], None], tmp_path: Path
+) -> None:
+    refused: list[str] = []
+
+    def before(place: str) -> None:
+        if not refused and "00001-of" in place:
+            refused.append("only once")
+            refused.extend(str(one) for one in together(run, 2, ranks=[0]))
+            with pytest.raises(UsageError) as caught:
+                alone(run, location(URL), staging=tmp_path / "other")
+            refused.append(str(caught.value))
+
+    sending(before)
+    alone(run, location(URL), save_seconds=0.05)
+    assert ["is being written by process" in text for text in refused] == [False, True, True]
+    assert is_finished(run, memory)
+
+
+def test_what_is_underway_when_all_is_removed_does_not_stay(
+    run: list[Path], memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One meets a bad value while another sends a file."""
+    path = run[0] / "model-00003-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:-2] + b"\xc0\x7f")
+    underway, make = Event(), BlockWorker.make
+
+    def slow(self: Any, lpath: str, rpath: str, **how: Any) -> None:
+        data = Path(lpath).read_bytes()
+        underway.set()
+        time.sleep(1)
+        self.pipe_file(rpath, data)
+
+    def late(self: Any, block: Any, *more: Any) -> Any:
+        if "00003-of" in block.file:
+            assert underway.wait(20)
+        return make(self, block, *more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(memory), "put_file", slow)
+        patched.setattr(BlockWorker, "make", late)
+        done = together(run, 3)
+        assert isinstance(done[0], NonfiniteError), done
+        for thread in threading.enumerate():
+            if thread.name.startswith("pma-send"):
+                thread.join()
+    assert underway.is_set()
+    assert there(memory) == {}
 
 
 def test_another_view_or_a_bad_value_leaves_nothing(run: list[Path], memory: Any) -> None:

@@ -6,29 +6,29 @@ with the marker and without `pma.json` for unfinished.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
 from pma.engine import commit, provenance
+from pma.engine.building import SAVE_SECONDS, kept_up
 from pma.engine.commit import How, Merge, check_room, is_written
-from pma.engine.journal import JOURNAL_FILE, Journal, journals_of_others
-from pma.engine.lease import LEASE_FILE, Lease
+from pma.engine.journal import JOURNAL_FILE, Journal
+from pma.engine.lease import LEASE_FILE, Lease, host
 from pma.engine.plan import Plan
 from pma.engine.staging import built_at, make_private, private_folder
+from pma.engine.stopping import StopFlag
 from pma.engine.together.hands import remove_left_over
-from pma.engine.together.in_store import as_begun, refuse_in_store
+from pma.engine.together.in_store import StoreAttempt, as_begun, refuse_in_store, refuse_live, remove_words
 from pma.engine.together.places import stamp_of
 from pma.engine.work import shared_work
 from pma.errors import IncompleteError, Interrupted, StorageError, UsageError
-from pma.formats.contracts import UNFINISHED_FILE
 from pma.quantities import bytes_text
 from pma.remote import Entry, RemotePath
 
@@ -72,6 +72,8 @@ def write_all(targets: Sequence[tuple[Plan, Path]], **how: Unpack[How]) -> list[
     fresh, staging = how.get("fresh", False), how.get("staging")
     for plan, out in targets:
         check_output(plan, out, inside_run=how.get("inside_run", False), staging=staging, fresh=fresh)
+        if isinstance(out, RemotePath) and not how.get("break_lock", False):
+            refuse_live(out)
     places = [(plan, built_at(out, staging)) for plan, out in targets]
     if staging is None and any(isinstance(out, RemotePath) for _, out in targets):
         make_private(private_folder())
@@ -176,9 +178,8 @@ class _Sending:
     """One output on its way to a store. What has arrived is journaled, and not sent again."""
 
     def __init__(self, plan: Plan, local: Path, out: RemotePath) -> None:
-        self.local, self.out = local, out
-        heading = provenance.heading(plan)
-        self._heading = {"sent_to": str(out), "plan": heading, "files": len(plan.layout.files)}
+        self.plan, self.local, self.out = plan, local, out
+        self._heading = {"sent_to": str(out), "plan": provenance.heading(plan)}
         files = {path.relative_to(local).as_posix(): path for path in local.rglob("*") if path.is_file()}
         ours = [name for name in files if name.startswith(LEASE_FILE) or name == JOURNAL_FILE]
         self._sizes = {name: path.stat().st_size for name, path in files.items() if name not in ours}
@@ -187,31 +188,43 @@ class _Sending:
         self.bytes_sent = self.bytes_there = 0
 
     def run(self, how: How) -> None:
-        """Marker, weights and side files at once, then what completes them, `pma.json` last."""
+        """Weights and side files at once, then what completes them, `pma.json` last."""
         tell = how.get("sending")
-        journal = Journal(self.local)
-        try:
+        with closing(Journal(self.local)) as journal, self._held(how) as held:
             if journal.heading != self._heading:
                 journal.start(self._heading)
-            missing = [name for name in self._sizes if not self._is_there(name, journal)]
+            there = {name for name in self._sizes if name in held.sent or self._is_there(name, journal)}
+            missing = [name for name in self._sizes if name not in there]
             self.bytes_there = self.bytes_total - sum(self._sizes[name] for name in missing)
-            marker = self.out / UNFINISHED_FILE
-            self.out.store.send_bytes(json.dumps(self._heading).encode(), marker.place)
             last = [*self._records, provenance.RECORD_FILE]
             first = sorted(set(missing) - set(last), key=lambda name: -self._sizes[name])
             for name, entry in self._at_once(first):
                 self._arrived(name, entry, journal)
                 if tell is not None:
                     tell(self.bytes_there, self.bytes_total)
+            held.save()
             for name in last:
                 if name in missing:
                     self._arrived(name, self._send(name), journal)
-            self.out.store.forget(self.out.place)
-            for left in (*journals_of_others(self.out), marker):  # several processes may have begun it
-                self.out.store.remove(left.place)
-            self.out.store.forget(self.out.place)
+
+    @contextmanager
+    def _held(self, how: How) -> Iterator[StoreAttempt]:
+        """The output's place, for the block: whoever else would make the same output sees that we live."""
+        # what speaks to others is imported by those who send: 20 ms of every command
+        from pma.engine.together.crew import Crew
+        from pma.engine.together.driver import Driver
+
+        held = StoreAttempt(self.plan, self.out, break_lock=how.get("break_lock", False))
+        driver = Driver(self.plan, [], Crew(rank=0, size=1), who=f"process {os.getpid()} on {host()}")
+        try:
+            with closing(driver), driver.telling():
+                driver.meet(held)
+                held.begin(fresh=how.get("fresh", False))
+                with kept_up([held, driver], StopFlag(), how.get("save_seconds", SAVE_SECONDS)):
+                    yield held
+            remove_words(self.out)
         finally:
-            journal.close()
+            held.release()
 
     def _is_there(self, name: str, journal: Journal) -> bool:
         """Whether what we sent earlier is still what lies there: the same size, the same etag."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from pma.engine.stopping import StopFlag
 from pma.engine.stream import Digests, Progress
 from pma.engine.together.crew import Crew
 from pma.engine.together.part import pauses
-from pma.engine.together.places import Arrived, Words, look_anew, speak
+from pma.engine.together.places import Arrived, Words, driver_at, look_anew, speak
 from pma.engine.together.views import view
 from pma.engine.together.words import failure_in, said_by, tell_failure
 from pma.errors import Interrupted, StorageError
@@ -170,8 +170,19 @@ class Driver:
         except BaseException as error:
             if self._journal is not None and not self._told:
                 self._told = True
-                tell_failure(self._journal, error)
+                if self._is_heard():
+                    tell_failure(self._journal, error)
             raise
+
+    def _is_heard(self) -> bool:
+        """False where another process took over, or all is done: what is said in a store would stay there."""
+        folder = self._building.folder
+        with suppress(StorageError):
+            return (
+                not isinstance(folder, RemotePath)
+                or driver_at(folder)[0].get("token") == self._building.token
+            )
+        return False
 
     def close(self) -> None:
         """Speak no more."""

@@ -19,8 +19,8 @@ from pma.engine.lease import LEASE_FILE, Lease
 from pma.engine.plan import Plan
 from pma.engine.staging import built_at, make_private, private_folder
 from pma.engine.stream import Digests
-from pma.engine.together.places import Arrived, stamp_of
-from pma.errors import UsageError
+from pma.engine.together.places import Arrived, is_begun_or_made, stamp_of
+from pma.errors import PmaError, UsageError
 from pma.formats.contracts import PartWriter
 from pma.formats.folder_writer import FolderPart, FolderWriter
 from pma.remote import RemotePath
@@ -127,6 +127,12 @@ class SendingHand:
         self._check()
         digest = {"sha256": provenance.sha256(self._local, file)} if self._sha256 else {}
         entry = self._out.store.send(self._local / file, (self._out / file).place)
+        try:
+            self._check()
+        except PmaError:  # it may have been underway while everything was removed
+            if not is_begun_or_made(self._out):
+                self._out.store.remove((self._out / file).place)
+            raise
         return {"stamp": stamp_of(entry), **digest}
 
     @property

@@ -7,8 +7,8 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 
 from pma.engine import provenance
 from pma.engine.attempt import errors_of_ours
@@ -47,19 +47,29 @@ class StoreAttempt:
         self.digests: Digests = {}
         self.sent: dict[str, Arrived] = {}
         if not break_lock:
-            _refuse_live(out)
+            refuse_live(out)
         self._earlier = marker_at(out)
-        self._mark(plan=self._earlier.get("plan"))
+        # until `begin`, what is there is still the earlier attempt's
+        self._mark(plan=self._earlier.get("plan"), files=self._earlier.get("files", self._files))
 
-    def _mark(self, **more: object) -> None:
-        holder = {**this_process(), "token": self.token}
-        value = {"sent_to": str(self.out), "files": len(self.plan.layout.files), **holder, **more}
+    @property
+    def _files(self) -> int:
+        return len(self.plan.layout.files)
+
+    def _mark(self, *, plan: object, files: object) -> None:
+        self._put(
+            {"sent_to": str(self.out), **this_process(), "token": self.token, "plan": plan, "files": files}
+        )
+
+    def _put(self, value: Mapping[str, object]) -> None:
         marker = self.out / UNFINISHED_FILE
         marker.store.send_bytes(json.dumps(value).encode(), marker.place)
         look_anew(self.out)
 
     def begin(self, *, fresh: bool = False) -> None:
-        """Take over what earlier attempts at the same merge sent, as far as it is there still."""
+        """Take over what earlier attempts at the same merge sent, as far as it is there still; where `fresh`,
+        remove it.
+        """
         look_anew(self.out)
         ours = {path.name for path in journals_of_others(self.out, self.token)}
         others = [path for path in journals_of_others(self.out) if path.name not in ours]
@@ -72,7 +82,9 @@ class StoreAttempt:
                 self.hear(chunks, journal.said.get("sent", {}))
         self.sent = {name: arrived for name, arrived in self.sent.items() if self._is_there(name)}
         self.digests = {chunk: digest for chunk, digest in self.digests.items() if chunk[0] in self.sent}
-        self._mark(plan=heading)
+        if fresh:  # in other files perhaps than ours will be, beside which nobody could read ours
+            _remove_all(self.out, but={UNFINISHED_FILE, *ours})
+        self._mark(plan=heading, files=self._files)
         self._left_over = others
 
     def forget_others(self) -> None:
@@ -152,17 +164,20 @@ class StoreAttempt:
         remove_words(self.out)
 
     def give_up_before(self) -> None:
-        """Nothing was begun: leave the marker as it was."""
+        """Nothing was begun: leave the place as it was."""
+        if driver_at(self.out)[0].get("token") != self.token:
+            return
         if self._earlier:
-            self.release()
+            self._put({**self._earlier, "released": True})
         else:
             remove_words(self.out)
 
     def release(self) -> None:
-        """Let go, so that the next attempt need not look whether we live."""
-        marker = marker_at(self.out)
-        if marker.get("token") == self.token:
-            self._mark(plan=marker.get("plan"), released=True)
+        """Let go, so that the next attempt need not look whether we live, if that can still be said."""
+        with suppress(StorageError):
+            marker = marker_at(self.out)
+            if marker.get("token") == self.token:
+                self._put({**marker, "released": True})
 
 
 def remove_words(out: RemotePath) -> None:
@@ -173,14 +188,39 @@ def remove_words(out: RemotePath) -> None:
     look_anew(out)
 
 
+def _remove_all(folder: RemotePath, *, but: Container[str] = ()) -> None:
+    for name, entry in folder.store.listing(folder.place).items():
+        if entry.is_folder:
+            _remove_all(folder / name)
+        elif name not in but:
+            folder.store.remove((folder / name).place)
+    look_anew(folder)
+
+
 @contextmanager
-def store_attempt(plan: Plan, out: RemotePath, *, break_lock: bool) -> Iterator[StoreAttempt]:
-    """An attempt at an output in a store. After a failure, keep what a later attempt can go on with, and say
-    so; remove anything else.
+def store_attempt(
+    plan: Plan,
+    out: RemotePath,
+    *,
+    fresh: bool = False,
+    break_lock: bool = False,
+    agree: Callable[[StoreAttempt], None],
+) -> Iterator[StoreAttempt]:
+    """An attempt at an output in a store, begun. After a failure, keep what a later attempt can go on with,
+    and say so; remove anything else.
+
+    `agree` is called while nothing is changed yet but for the marker; where it raises, nothing will be.
     """
     held = StoreAttempt(plan, out, break_lock=break_lock)
+    with errors_of_ours(out):
+        try:
+            agree(held)
+        except BaseException:
+            held.give_up_before()
+            raise
     try:
         with errors_of_ours(out):
+            held.begin(fresh=fresh)
             yield held
     except (MismatchError, NonfiniteError):
         held.discard()
@@ -219,8 +259,8 @@ def as_begun(plan: Plan, out: RemotePath, *, fresh: bool) -> Plan:
     return plan.resharded(files) if type(files) is int else plan
 
 
-def _refuse_live(out: RemotePath) -> None:
-    """Watch whether the process that drives shows that it lives. Raises UsageError."""
+def refuse_live(out: RemotePath) -> None:
+    """Watch whether a process that makes the output in a store shows that it lives. Raises UsageError."""
     holder, beat = driver_at(out)
     deadline = time.monotonic() + _WATCH_SECONDS
     while "token" in holder and "released" not in holder and not is_gone(holder):

@@ -87,6 +87,12 @@ def is_made(out: Path) -> bool:
     return RECORD_FILE in out.store.listing(out.place)
 
 
+def is_begun_or_made(out: RemotePath) -> bool:
+    """Whether an output in a store is there, or somebody makes it or will go on with it."""
+    look_anew(out)
+    return not {UNFINISHED_FILE, RECORD_FILE}.isdisjoint(out.store.listing(out.place))
+
+
 def stamp_of(entry: Entry) -> str:
     """What tells whether a file in a store is still the one that was sent."""
     return f"{entry.size_bytes} {entry.stamp}"

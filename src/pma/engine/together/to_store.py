@@ -88,13 +88,8 @@ def store_begun(
     plan: Plan, out: RemotePath, driver: Driver, how: How, meet: Callable[[Held], None]
 ) -> Iterator[StoreAttempt]:
     """An attempt at an output in a store, begun after `meet` found that all see the same."""
-    with store_attempt(plan, out, break_lock=how.get("break_lock", False)) as held:
-        try:
-            meet(held)
-        except BaseException:
-            held.give_up_before()
-            raise
-        held.begin(fresh=how.get("fresh", False))
+    fresh, break_lock = how.get("fresh", False), how.get("break_lock", False)
+    with store_attempt(plan, out, fresh=fresh, break_lock=break_lock, agree=meet) as held:
         if held.digests:
             driver.record(held.digests, held.sent)
         held.forget_others()

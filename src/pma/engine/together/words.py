@@ -26,7 +26,7 @@ _KINDS = {kind.__name__: kind for kind in (*_TOLD, SpaceError, StorageError, Usa
 
 def tell_failure(journal: Words, error: BaseException) -> None:
     """Say in a journal what this process fails with, if it still can."""
-    with suppress(OSError):
+    with suppress(OSError, StorageError):
         journal.say(**told_of(error))
 
 
