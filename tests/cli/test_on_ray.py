@@ -1,0 +1,79 @@
+"""`--on ray` as this process sees it, with a stand-in for Ray; clusters are started in tests/torture."""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from pma.cli import app
+from pma.testing import tiny_run
+
+fsspec = pytest.importorskip("fsspec", reason="stores are read through fsspec")
+
+NOBODY = "127.0.0.1:9"  # where no cluster answers
+
+
+@pytest.fixture(autouse=True)
+def _ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = SimpleNamespace(
+        is_initialized=lambda: False, init=lambda **_: None, shutdown=lambda: None, nodes=list
+    )
+    monkeypatch.setitem(sys.modules, "ray", stand_in)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    MemoryFileSystem.store.clear()
+    yield fsspec.filesystem("memory")
+    MemoryFileSystem.store.clear()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    tiny_run(tmp_path / "run", steps=4)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def _full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No disk of this machine has room."""
+    free = shutil._ntuple_diskusage(100, 99, 1)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+
+
+def pma(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(*arguments: object, at: str = NOBODY) -> str:
+    """What a command on Ray failed with, in one paragraph."""
+    done = pma(*arguments, "--on", "ray", "--ray-address", at)
+    assert isinstance(done.exception, SystemExit), done.exception
+    return done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.usefixtures("_full")
+def test_what_nodes_send_to_a_store_needs_no_room_here(run: Path, tmp_path: Path, memory: Any) -> None:
+    merge = ("merge", run, "--last", 3, "-o")
+    assert "no Ray cluster answers" in refused(*merge, "memory://merged")
+    assert "1B free, the output needs" in refused(*merge, tmp_path / "merged")
+
+
+@pytest.mark.usefixtures("_full")
+def test_what_is_wrong_with_a_place_in_a_store_is_told_before_a_cluster_is_asked(
+    run: Path, memory: Any
+) -> None:
+    memory.pipe_file("/merged/theirs.txt", b"precious")
+    merge = ("merge", run, "--last", 3, "-o", "memory://merged")
+    assert "memory://merged exists already and is not touched" in refused(*merge)
+    memory.rm("/merged", recursive=True)
+    memory.pipe_file("/merged/.pma-unfinished", b'{"plan": "of another merge"}')
+    assert "an earlier merge to memory://merged was interrupted" in refused(*merge)
