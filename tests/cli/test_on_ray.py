@@ -77,3 +77,10 @@ def test_what_is_wrong_with_a_place_in_a_store_is_told_before_a_cluster_is_asked
     memory.rm("/merged", recursive=True)
     memory.pipe_file("/merged/.pma-unfinished", b'{"plan": "of another merge"}')
     assert "an earlier merge to memory://merged was interrupted" in refused(*merge)
+
+
+@pytest.mark.usefixtures("_full", "memory")
+def test_a_sweep_that_is_sent_to_a_store_needs_no_room_here(run: Path, tmp_path: Path) -> None:
+    write = ("sweep", run, "--last", "2,3", "--write")
+    assert "no Ray cluster answers" in refused(*write, "memory://swept")
+    assert "1B free, the output needs" in refused(*write, tmp_path / "swept")
