@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pma.cli import app
-from pma.testing import tiny_run
+from pma.cli.on_ray import Evaluating, evaluating
+from pma.cluster import OnRay, connected
+from pma.testing import tiny_llama_run, tiny_run
 
 fsspec = pytest.importorskip("fsspec", reason="stores are read through fsspec")
 
@@ -84,3 +87,34 @@ def test_a_sweep_that_is_sent_to_a_store_needs_no_room_here(run: Path, tmp_path:
     write = ("sweep", run, "--last", "2,3", "--write")
     assert "no Ray cluster answers" in refused(*write, "memory://swept")
     assert "1B free, the output needs" in refused(*write, tmp_path / "swept")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "sweep --search --last 2,3 --best none --budget 9",
+        "sweep --last 2,3 --cloze 0",
+        "eval --merge --last 3 --cloze 0",
+    ],
+)
+def test_results_go_to_stdout_and_what_ray_prints_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    tiny_llama_run(tmp_path / "run", steps=4)
+    text = tmp_path / "text.txt"
+    text.write_text("\n<|endoftext|>\n".join(f"{i} times {i} is {i * i}." for i in range(24)))
+
+    @contextmanager
+    def connected_here(on: OnRay, **how: Any) -> Iterator[Evaluating]:
+        with connected(on), evaluating(None, **how) as here:
+            sys.stdout.write("Ray lost a node\n")
+            yield here
+
+    monkeypatch.setattr("pma.cli.sweeping.evaluating", connected_here)
+    monkeypatch.setattr("pma.cli.evaluating.evaluating", connected_here)
+    name, *flags = command.split()
+    done = pma(name, tmp_path / "run", *flags, "--text", text, "--on", "ray")
+    assert done.exit_code == 0, done.stderr
+    assert "loss" in done.stdout
+    assert "Ray lost a node" in done.stderr
+    assert "Ray lost a node" not in done.stdout
