@@ -118,3 +118,18 @@ def test_results_go_to_stdout_and_what_ray_prints_does_not(
     assert "loss" in done.stdout
     assert "Ray lost a node" in done.stderr
     assert "Ray lost a node" not in done.stdout
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 64 + ".com", "\udcff"])
+def test_what_is_no_name_of_a_host_is_a_mistake(run: Path, tmp_path: Path, host: str) -> None:
+    merge = ("merge", run, "--last", 3, "-o", tmp_path / "merged")
+    assert "expected HOST:PORT, as 10.0.0.1:6379" in refused(*merge, at=f"{host}:6379")
+
+
+def test_an_empty_address_in_the_environment_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(sys.modules["ray"], "init", lambda address, **_: asked.append(address))
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    with connected(OnRay()):
+        pass
+    assert asked == ["auto"]
