@@ -115,6 +115,17 @@ def test_tokens_are_steps_by_the_batch(files: dict[str, Path]) -> None:
     assert json.loads(pma("forecast", *asked).stdout)["step"] == 7000
 
 
+def test_of_a_run_it_works_in_one_process(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    decay = ("--anneal", "cosine", "--steps", 200)
+    refused = error_of(pma("forecast", tmp_path / "run", *decay, "--probe"))
+    assert "pma forecast RUN works in one process, and this one was started as rank 1 of 2" in refused
+    assert pma("forecast", "--curve", files["drop"], *decay).exit_code == 0
+
+
 def test_constant_curves_alone_say_what_is_needed(files: dict[str, Path]) -> None:
     said = error_of(pma("forecast", "--curve", files["flat"], "--anneal", "cosine", "--steps", 500))
     assert "never falls" in said

@@ -5,6 +5,7 @@ fails. Ranks are threads here; real processes are started, and killed, in tests/
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -25,13 +26,21 @@ from pma.engine.attempt import attempt
 from pma.engine.building import Building, kept_up
 from pma.engine.journal import JOURNAL_FILE, Followed, Journal, journals_of_others
 from pma.engine.lease import LEASE_FILE, Lease, is_gone, this_process
-from pma.engine.staging import make_staging_folder, staging_folder
+from pma.engine.staging import leftover_bytes, make_staging_folder, staging_folder
 from pma.engine.stopping import StopFlag
 from pma.engine.together import part as part_module
 from pma.engine.together.driver import Driver
 from pma.engine.together.part import carry_out
 from pma.engine.together.writing import commit
-from pma.errors import Interrupted, MismatchError, NonfiniteError, PmaError, StorageError, UsageError
+from pma.errors import (
+    Interrupted,
+    MismatchError,
+    NonfiniteError,
+    PmaError,
+    SpaceError,
+    StorageError,
+    UsageError,
+)
 from pma.formats.folder_writer import FolderPart
 from pma.testing import tiny_run
 
@@ -305,6 +314,23 @@ def test_a_rank_that_does_not_come_is_named(run: list[Path], tmp_path: Path) -> 
     assert not hidden(tmp_path)
 
 
+def test_what_rank_0_refuses_at_once_is_not_waited_for(
+    run: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soon = {rank: crew(rank, 3, join_seconds=2) for rank in range(3)}
+    (tmp_path / "out").mkdir()
+    done = together(run, tmp_path / "out", 3, crews=soon)
+    told = f"{tmp_path / 'out'} exists already and is not touched"
+    assert [type(one) for one in done] == [UsageError] * 3
+    assert str(done[0]).startswith(told)
+    assert str(done[2]).startswith(f"rank 2 on node2: {told}")
+    free = shutil._ntuple_diskusage(100, 99, 1)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    full = together(run, tmp_path / "new", 3, crews=soon)
+    assert [type(one) for one in full] == [SpaceError] * 3
+    assert not hidden(tmp_path)
+
+
 def test_a_rank_that_cannot_write_names_node_and_path(
     run: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,6 +389,7 @@ def test_one_who_asks_for_the_lease_at_the_same_time_is_nothing_foreign(
     listed = [folder / LEASE_FILE, folder / f"{LEASE_FILE}.gone"]
     monkeypatch.setattr(Path, "rglob", lambda path, pattern: listed)
     assert make_staging_folder(tmp_path / "out") == folder
+    assert leftover_bytes(tmp_path / "out") >= 0
     listed[1].symlink_to("nowhere")
     with pytest.raises(UsageError, match="was not left by a merge"):
         make_staging_folder(tmp_path / "out")

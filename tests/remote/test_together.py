@@ -363,6 +363,24 @@ def test_what_is_underway_when_all_is_removed_does_not_stay(
     assert there(memory) == {}
 
 
+def test_what_is_there_already_is_refused_by_each(run: list[Path], memory: Any) -> None:
+    memory.pipe_file("/out/theirs.txt", b"precious")
+    done = together(run, 2, join_seconds=2)
+    assert [type(one) for one in done] == [UsageError] * 2
+    assert str(done[1]).startswith(f"rank 1 on node1: {URL} exists already and is not touched")
+    assert there(memory) == {"theirs.txt": b"precious"}
+
+
+def test_another_view_of_what_was_begun_is_told_to_all(
+    run: list[Path], memory: Any, sending: Callable[[Callable[[str], None]], None]
+) -> None:
+    sending(fail)
+    together(run, 3)
+    sending(lambda place: None)
+    done = together(run, 2, paths_of={1: run[:2]}, join_seconds=2)
+    assert all(isinstance(one, MismatchError) for one in done), done
+
+
 def test_another_view_or_a_bad_value_leaves_nothing(run: list[Path], memory: Any) -> None:
     done = together(run, 2, paths_of={1: run[:2]})
     assert all(isinstance(one, MismatchError) for one in done), done

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pma.cli import options as flags
+from pma.cli.launching import refuse_repeated
 from pma.cli.outlooks import Asked, forecast_run
 from pma.cli.output import command, note, say, table
 from pma.errors import UsageError, printable
@@ -120,6 +121,7 @@ def forecast(
         {"--text": text, "--annealed": annealed, "--probe": probe, "--store": store, "--context": context},
     )
     if run is not None:
+        refuse_repeated("forecast RUN")  # evaluates, trains a probe, writes into the store
         asked_run = Asked(
             run=run,
             text=text or (),

@@ -7,7 +7,7 @@ import os
 from pma.engine import Crew, crew_from
 from pma.errors import UsageError
 
-# what reads headers at most and writes nothing may run in any number of processes
+# what reads headers or logs at most may run in any number of processes; of a RUN, forecast refuses itself
 _TOGETHER, _ANYHOW = ("init", "merge"), ("forecast", "inspect", "plan", "spikes")
 _NAMED = {"evaluate": "eval"}
 

@@ -274,7 +274,12 @@ def merge(
             _note_left_out(planned)
         if crew is None:  # else rank 0 finds out while the others wait
             for warning in engine.check_output(
-                planned, out, inside_run=inside_run, staging=staging, fresh=fresh
+                planned,
+                out,
+                inside_run=inside_run,
+                staging=staging,
+                fresh=fresh,
+                on_nodes=ray is not None,
             ):
                 note(f"warning: {warning}")
         roofline = (

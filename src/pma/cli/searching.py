@@ -56,10 +56,8 @@ def run_search(
     store: Path,
     context_tokens: int | None,
     evaluating: Evaluating,
-    *,
-    as_json: bool,
 ) -> dict[str, Any]:
-    """Search, and say what is going on and, unless `as_json`, what was found."""
+    """Search, and say what is going on; returns what was found."""
     found = sweeping.of_a_run(sources)
     for path, reason in found.left_out:
         note(f"left out: {path}: {reason}")
@@ -75,10 +73,7 @@ def run_search(
         )
         outcome = sweeping.search(field, plans, documents, budget, opened, how)
     command = merge_command(outcome.winner, sources, space, options)
-    result = {"search": sweeping.findings(outcome), "command": command, "store": str(store)}
-    if not as_json:
-        show(result)
-    return result
+    return {"search": sweeping.findings(outcome), "command": command, "store": str(store)}
 
 
 def _begin(evaluating: Evaluating, what: str, missing: Sequence[Plan]) -> None:

@@ -147,9 +147,10 @@ def sweep(
         documents = verbs.held_out_documents(text or (), sources[0])
         spend = searching.parsed_budget(budget)
         with evaluating(ray, threads=threads, per_node=per_node, as_json=json_output) as engines:
-            return searching.run_search(
-                sources, space, options, documents, spend, kept, context, engines, as_json=json_output
-            )
+            result = searching.run_search(sources, space, options, documents, spend, kept, context, engines)
+        if not json_output:  # after the block: on a cluster, whatever is printed in it goes to stderr
+            searching.show(result)
+        return result
     if budget is not None or best is not None:
         raise UsageError("--budget and --best go with --search")
     if lasts is None:

@@ -34,7 +34,8 @@ def connected(on: OnRay) -> Iterator[Cluster]:
         return
     with redirect_stdout(sys.stderr):  # stdout is for results, and Ray would tell there of what was lost
         with _signals_kept():
-            _connect(ray, on.address or os.environ.get("RAY_ADDRESS"))
+            # an empty one is none, as it is for Ray
+            _connect(ray, on.address or os.environ.get("RAY_ADDRESS") or None)
         try:
             yield Cluster(ray, on)
         finally:
@@ -93,10 +94,13 @@ def _check_reachable(address: str) -> None:
             "cluster, as it writes the same files: give HOST:PORT as `ray start` showed it"
         )
     host, _, port = address.rpartition(":")
+    expected = f"--ray-address {printable(address)}: expected HOST:PORT, as 10.0.0.1:6379"
     if not host or not port.isdecimal() or int(port) > 65535:
-        raise UsageError(f"--ray-address {printable(address)}: expected HOST:PORT, as 10.0.0.1:6379")
+        raise UsageError(expected)
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_SECONDS).close()
+    except UnicodeError:  # of no name of a host: `a..b`, or 64 characters without a dot
+        raise UsageError(expected) from None
     except OSError as error:
         raise StorageError(
             f"no Ray cluster answers at {printable(address)}: {error.strerror or error}; is it running "

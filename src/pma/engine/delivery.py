@@ -37,15 +37,23 @@ _AT_ONCE = 4
 
 
 def check_output(
-    plan: Plan, out: Path, *, inside_run: bool = False, staging: Path | None = None, fresh: bool = False
+    plan: Plan,
+    out: Path,
+    *,
+    inside_run: bool = False,
+    staging: Path | None = None,
+    fresh: bool = False,
+    on_nodes: bool = False,
 ) -> tuple[str, ...]:
-    """As `commit.check_output`, also for an output in a store."""
+    """As `commit.check_output`, also for an output in a store; `on_nodes`: which is not built here, but on
+    each node a share of it.
+    """
     if not isinstance(out, RemotePath):
         return commit.check_output(plan, out, inside_run=inside_run)
     refuse_in_store(as_begun(plan, out, fresh=fresh), out, fresh=fresh)
     commit.refuse_inside_run(plan, out, inside_run=inside_run)
     local = built_at(out, staging)
-    if not os.path.lexists(local):
+    if not on_nodes and not os.path.lexists(local):
         commit.check_output(plan, local, inside_run=inside_run)
     return commit.name_warnings(out)
 

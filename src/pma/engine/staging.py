@@ -102,7 +102,14 @@ def leftover_bytes(out: Path) -> int:
     folder = staging_folder(out)
     if folder.is_symlink() or not (folder / LEASE_FILE).is_file():
         return 0
-    return sum(entry.stat().st_blocks * 512 for entry in folder.rglob("*"))
+    return sum(_allocated_bytes(entry) for entry in folder.rglob("*"))
+
+
+def _allocated_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_blocks * 512
+    except FileNotFoundError:  # one who asked for the lease took its own file away again
+        return 0
 
 
 def publish(folder: Path, out: Path) -> None:

@@ -9,6 +9,7 @@ from pma import engine
 from pma.cluster import connected
 from pma.engine import Plan
 from pma.engine.commit import check_room
+from pma.remote import RemotePath
 from pma.sweeping.grid import Cell, Sweep
 
 
@@ -33,7 +34,8 @@ def write(sweep: Sweep, folder: Path, **how: Unpack[engine.How]) -> list[tuple[C
     if (on := how.get("ray")) is None:
         engine.sweep_to_folders(missing, **how)
     elif missing:
-        check_room(missing)
+        # what goes to a store needs room on the nodes, which see to it
+        check_room([(plan, path) for plan, path in missing if not isinstance(path, RemotePath)])
         with connected(on):  # once for all
             for plan, path in missing:
                 engine.write(plan, path, **how)

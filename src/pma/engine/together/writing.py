@@ -19,12 +19,13 @@ from pma.engine.stream import stream
 from pma.engine.together.crew import Crew
 from pma.engine.together.driver import Driver, Held, check_all_there
 from pma.engine.together.hands import remove_left_over
-from pma.engine.together.in_store import remove_words
+from pma.engine.together.in_store import refuse_in_store, remove_words
 from pma.engine.together.part import Place, Working, pauses
 from pma.engine.together.places import driver_at, is_made, meeting_folder
 from pma.engine.together.to_store import begun_as, led_to_store
+from pma.engine.together.words import said_by
 from pma.engine.work import work_of
-from pma.errors import StorageError, UsageError
+from pma.errors import PmaError, StorageError, UsageError
 from pma.remote import RemotePath
 
 # one that we met went away, as of an earlier launch that was killed only now: the next comes soon
@@ -54,6 +55,7 @@ def write(plan: Plan, out: Path, **how: Unpack[How]) -> Merge:
 
     load_kernels(plan.blocks.averaged_types())
     if not crew.leads:
+        _refuse_as_rank_0_does(begun, out, crew, how)
         return _followed(plan, out, crew, started, how)
     if not isinstance(out, RemotePath):
         return _led(plan, out, crew, started, how)
@@ -110,8 +112,21 @@ class Beating:
         self._held.show_life()
 
 
+def _refuse_as_rank_0_does(plan: Plan, out: Path, crew: Crew, how: How) -> None:
+    """Raises what rank 0 ends with before it leads, as it has no place yet where it could tell us."""
+    inside_run = how.get("inside_run", False)
+    try:
+        if isinstance(out, RemotePath):
+            # of another merge that was begun there rank 0 alone judges: we may be who sees other sources
+            refuse_in_store(plan, out, fresh=True)
+            refuse_inside_run(plan, out, inside_run=inside_run)
+        else:
+            check_output(plan, out, inside_run=inside_run)
+    except PmaError as error:
+        raise said_by(crew.name, error) from error
+
+
 def _followed(plan: Plan, out: Path, crew: Crew, started: float, how: How) -> Merge:
-    refuse_inside_run(plan, out, inside_run=how.get("inside_run", False))
     count = Count(how.get("progress"))
     with errors_of_ours(out):
         working, place, part = _joined(plan, out, crew)
@@ -162,7 +177,7 @@ def _joined(plan: Plan, out: Path, crew: Crew) -> tuple[Working, Place, Part]:
         if time.monotonic() > deadline:
             raise StorageError(
                 f"{crew.name}: rank 0 did not begin in {folder} within {crew.join_seconds:.0f} s, or went "
-                "away: it is not running, or this node does not see that folder"
+                "away: it is not running, it refused and said why, or this node does not see that folder"
             )
         time.sleep(pause)
     raise AssertionError("pauses end never")
