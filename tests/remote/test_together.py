@@ -171,6 +171,10 @@ def test_fewer_files_than_processes_are_resharded(run: list[Path], memory: Any, 
     done = together(run, 5, tell=said.append)
     assert all(isinstance(one, engine.Merge) for one in done), done
     assert [line for line in said if "re-sharded into 5" in line], said
+    with engine.plan(trajectory.from_checkpoints(run).points) as planned:
+        assert engine.is_written(planned, location(URL))
+    with engine.plan(trajectory.from_checkpoints(run[1:]).points) as planned:
+        assert not engine.is_written(planned, location(URL))
     alone(run, tmp_path / "one")
     assert read_all(location(URL)) == read_all(tmp_path / "one")
     assert is_finished(run, memory)

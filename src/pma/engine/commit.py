@@ -28,6 +28,7 @@ from pma.engine.work import Work, work_of
 from pma.errors import SpaceError, UsageError
 from pma.formats.hf_trainer import STATE_FILE
 from pma.quantities import bytes_text
+from pma.remote import RemotePath
 
 # names that trainers take for their own checkpoints and resume from, or delete
 _TRAINER_NAME = re.compile(r"checkpoint-\d+|step-?\d+|iter_\d+", re.ASCII)
@@ -129,9 +130,15 @@ def _is_run(folder: Path) -> bool:
 
 
 def is_written(plan: Plan, out: Path) -> bool:
-    """Whether `out` is already this very merge: same sources, same recipe, same layout, by its record."""
-    record = out / provenance.RECORD_FILE
-    return record.is_file() and provenance.load(out).get("plan") == provenance.heading(plan)
+    """Whether `out` is already this very merge: same sources, same recipe, same layout, by its record. In a
+    store, also in more files: several processes may have written it.
+    """
+    if not (out / provenance.RECORD_FILE).is_file():
+        return False
+    record = provenance.load(out)
+    if isinstance(out, RemotePath):
+        plan = plan.resharded(len(record["outputs"]))
+    return record.get("plan") == provenance.heading(plan)
 
 
 class How(TypedDict, total=False):
