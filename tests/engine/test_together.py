@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -513,6 +514,66 @@ def test_a_driver_with_workers_of_its_own(
             commit(building)
         driver.close()
     assert weights(out) == expected
+
+
+def test_a_part_that_was_called_off_stops_and_the_others_go_on(run: list[Path], tmp_path: Path) -> None:
+    """It was silent for long, and another was given what it makes."""
+    out, stop = tmp_path / "out", StopFlag()
+    with plan(run) as planned, pytest.raises(StorageError, match="tell of"):
+        driver = Driver(planned, (), crew(0, 1))
+        with attempt(planned, out, agree=driver.meet) as building, kept_up([building, driver], stop):
+            parts = planned.partition(2)
+            driver.call_off("0-0")
+            for name in ("0-0", "1-0"):
+                with plan(run) as theirs:
+                    carry = partial(carry_out, theirs, parts[0], out, building.token, name=name, who="node7")
+                    if name == "0-0":
+                        with pytest.raises(Interrupted, match="no sign of life was seen for long"):
+                            carry()
+                        assert not any(map(any, files_of(building).values()))
+                    else:
+                        building.hear(carry())
+            assert any(map(any, files_of(building).values()))
+            commit(building)
+
+
+def test_what_takes_long_beside_blocks_shows_signs_of_life(
+    run: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part's process makes its files ready, and looks at its sources again in the end."""
+    out, seen = tmp_path / "out", []
+    unchanged, hand_for = provenance.check_unchanged, part_module.Working._hand_for
+
+    def await_sign(what: str) -> None:
+        journal = Followed(journals_of_others(staging_folder(out), building.token)[-1])
+        deadline = time.monotonic() + 20
+        while journal.changes < 3 and time.monotonic() < deadline:
+            journal.news()
+            time.sleep(0.01)
+        seen.append((what, journal.changes))
+
+    def slow_check(planned: engine.Plan) -> None:
+        await_sign("sources")
+        unchanged(planned)
+
+    def slow_hand(working: part_module.Working, *arguments: object, **how: bool) -> object:
+        await_sign("files")
+        return hand_for(working, *arguments, **how)
+
+    with plan(run) as planned:
+        driver = Driver(planned, (), crew(0, 1))
+        with attempt(planned, out, agree=driver.meet) as building:
+            monkeypatch.setattr(provenance, "check_unchanged", slow_check)
+            monkeypatch.setattr(part_module.Working, "_hand_for", slow_hand)
+            part = planned.partition(1)[0]
+            made = carry_out(planned, part, out, building.token, name="0-0", who="node7", save_seconds=0.05)
+            building.hear(made)
+            monkeypatch.undo()
+    assert seen == [("files", 3), ("sources", 3)]
+
+
+def files_of(building: Building) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in building.folder.glob("*.safetensors")}
 
 
 @pytest.mark.parametrize("let_go", [True, False])

@@ -16,9 +16,11 @@ import pytest
 
 from pma import engine, formats, trajectory
 from pma.engine import Crew, MergeOptions
+from pma.engine.journal import Followed, StoreJournal
 from pma.engine.lease import this_process
 from pma.engine.provenance import heading
 from pma.engine.together import in_store
+from pma.engine.together.places import look_anew
 from pma.errors import Interrupted, MismatchError, NonfiniteError, StorageError, UsageError
 from pma.formats.contracts import UNFINISHED_FILE
 from pma.remote import Store, location
@@ -306,6 +308,20 @@ def test_files_that_were_sent_without_a_sha256_are_read_again(
     assert "model-00002-of-00003.safetensors" not in reading
     check_sha256(memory)
     assert is_finished(run, memory)
+
+
+def test_signs_of_life_are_seen_in_a_store(run: list[Path]) -> None:
+    """Nothing is said, and what was said is there but once."""
+    out = location(URL)
+    journal, followed = StoreJournal(out / ".pma-part-1"), Followed(out / ".pma-part-1")
+    journal.start({"who": "node7"})
+    for changes in (1, 2, 3):
+        look_anew(out)
+        assert followed.news() == {}
+        assert followed.changes == changes
+        time.sleep(0.11)
+        journal.beat()
+    assert followed.heading == {"who": "node7"}
 
 
 def test_a_sha256_outlives_who_took_it(

@@ -19,7 +19,7 @@ from pma.engine.stopping import StopFlag
 from pma.engine.stream import Digests
 from pma.engine.together.crew import Crew
 from pma.engine.together.driver import Driver, Held
-from pma.engine.together.writing import Beating
+from pma.engine.together.part import Beating
 from pma.remote import RemotePath
 
 _PARTS_PER_SLOT = 4
@@ -53,7 +53,7 @@ class Meeting:
             save_seconds=self._how.get("save_seconds", SAVE_SECONDS),
             silent_seconds=Crew.silent_seconds,
         ).packed()
-        with self.driver.telling(), kept_up([Beating(held), self.driver], StopFlag()):
+        with self.driver.telling(), kept_up([Beating(held.show_life), self.driver], StopFlag()):
             self._nodes = check_all(self._cluster, self._packed, self._on.node_seconds)
 
     def carry_out(self, held: Held, done: Digests, count: Count, stop: StopFlag) -> None:
@@ -69,6 +69,7 @@ class Meeting:
             packed=self._packed,
             cores=self._plan.options.threads,
             silent_seconds=Crew.silent_seconds,
+            call_off=self.driver.call_off,
             progress=count.add,
             show=self._how.get("show_nodes"),
             tell=tell,

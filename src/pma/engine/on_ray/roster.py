@@ -43,6 +43,7 @@ class Roster:
         self._fit = set(self._alive)
         self._unfit: dict[str, str] = {}
         self._looks: dict[Any, Node] = {}
+        self._silent: dict[Any, Node] = {}
         self._rest_until: dict[str, float] = {}
         self._did: dict[str, NodeProgress] = {}
         self._since: dict[str, float] = {}
@@ -78,16 +79,19 @@ class Roster:
             raise self._nobody()
 
     def _nobody(self) -> StorageError:
-        why = "; ".join(self._unfit.values()) or "all of them are gone"
+        silent = {node.key: f"{node.name} shows no sign of life" for node in self._silent.values()}
+        why = "; ".join([*self._unfit.values(), *silent.values()]) or "all of them are gone"
         return StorageError(f"no node of the Ray cluster can go on: {why}")
 
     @property
-    def looks(self) -> list[Any]:
-        """Tasks of nodes that look."""
-        return list(self._looks)
+    def awaited(self) -> list[Any]:
+        """Tasks whose end `hear` is to be told."""
+        return [*self._looks, *self._silent]
 
     def hear(self, ended: Sequence[Any]) -> None:
         """Nodes whose looks are among these may be given parts, or are left out."""
+        for task in [task for task in self._silent if task in ended]:
+            del self._silent[task]
         for task in [task for task in self._looks if task in ended]:
             node = self._looks.pop(task)
             found = wrong_in(self._cluster.answer(task), node)
@@ -102,14 +106,22 @@ class Roster:
         self._unfit[node.key] = str(error)
         self._tell(f"{node.name} is given nothing: {error}")
 
+    def give_up(self, task: Any, node: Node) -> None:
+        """A task shows no sign of life: it takes up room on its node until it ends, if it ever does."""
+        self._silent[task] = node
+
     def lives(self, key: str) -> bool:
         """Whether a node was there when it was last looked."""
         return key in self._alive
 
     @property
     def usable(self) -> list[Node]:
-        """Those that live and looked."""
-        return [node for key, node in self._alive.items() if key in self._fit]
+        """Those that live and looked, and are not taken up by tasks without a sign of life."""
+        silent = self._given_up()
+        return [node for key, node in self._alive.items() if key in self._fit and silent[key] < node.slots]
+
+    def _given_up(self) -> Counter[str]:
+        return Counter(node.key for node in self._silent.values())
 
     # ---- which has room ----
 
@@ -121,7 +133,7 @@ class Roster:
         self, running: Counter[str], room: Callable[[Node], int] = lambda node: node.slots
     ) -> Node | None:
         """The node with least to do, if any has `room` for one more than are `running` on it."""
-        now, nodes = self._clock(), self.usable
+        now, nodes, running = self._clock(), self.usable, running + self._given_up()
         awake = [node for node in nodes if self._rest_until.get(node.key, 0.0) <= now]
         free = [node for node in awake or nodes if running[node.key] < room(node)]
         return min(free, key=lambda node: (running[node.key], -room(node)), default=None)

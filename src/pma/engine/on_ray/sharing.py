@@ -59,13 +59,18 @@ class _Piece:
 
 @dataclass(kw_only=True, eq=False)
 class _Try:
-    """A piece that was given to a node."""
+    """A piece that was given to a node. `alive_at`: when its journal was last found changed, which whoever
+    carries it out touches every few seconds.
+    """
 
     piece: _Piece
+    name: str
     node: Node
     task: Any
     journal: Followed
     given_at: float
+    alive_at: float
+    changes: int = 0
     answered_at: float | None = None
     read: int = 0
 
@@ -78,7 +83,8 @@ class Sharing:
     """Has parts carried out by the nodes of a cluster.
 
     `done`: chunks that are done, as `held` hears of them. `packed`: what a node needs to carry out a part, on
-    so many `cores`. `show` hears how each node does, `tell` a line of what is unusual.
+    so many `cores`. One that shows no sign of life for `silent_seconds` is given up, and `call_off` tells it
+    so, by its name. `show` hears how each node does, `tell` a line of what is unusual.
     """
 
     def __init__(
@@ -92,13 +98,15 @@ class Sharing:
         packed: bytes,
         cores: float,
         silent_seconds: float,
+        call_off: Callable[[str], None],
         progress: Progress | None = None,
         show: Callable[[Sequence[NodeProgress]], None] | None = None,
         tell: Callable[[str], None] = lambda line: None,
         clock: Clock = time.monotonic,
     ) -> None:
         self._plan, self._held, self._done, self._cluster, self._roster = plan, held, done, cluster, roster
-        self._packed, self._cores, self._silent_seconds = packed, cores, silent_seconds
+        self._packed, self._cores = packed, cores
+        self._silent_seconds, self._call_off = silent_seconds, call_off
         self._progress, self._show, self._tell, self._clock = progress, show, tell, clock
         self._left: deque[_Piece] = deque()
         self._tries: list[_Try] = []
@@ -116,7 +124,7 @@ class Sharing:
                 self._lose(one, "its node is gone")
             self._give_out()
             unanswered = [one.task for one in self._tries if one.answered_at is None]
-            ended = self._cluster.ended([*unanswered, *self._roster.looks], pause)
+            ended = self._cluster.ended([*unanswered, *self._roster.awaited], pause)
             self._hear(ended)
             self._roster.hear(ended)
             self._show_all()
@@ -135,7 +143,10 @@ class Sharing:
             arguments = (self._packed, piece.part, name, node.name)
             task = self._cluster.start(node, carry_out_part, *arguments, cores=self._cores)
             journal = Followed(self._held.folder / part_journal(self._held.token, name))
-            given = _Try(piece=piece, node=node, task=task, journal=journal, given_at=self._clock())
+            now = self._clock()
+            given = _Try(
+                piece=piece, name=name, node=node, task=task, journal=journal, given_at=now, alive_at=now
+            )
             self._tries.append(given)
             self._roster.of(node)
         self._move_what_waits()
@@ -181,9 +192,13 @@ class Sharing:
                 self._judge(one, answer)
             elif one.answered_at is not None:
                 self._judge(one, {})
+            elif one.begun and self._clock() - one.alive_at > self._silent_seconds:
+                self._give_up(one)
 
     def _take_news(self, one: _Try) -> None:
         chunks = one.journal.news()
+        if one.journal.changes != one.changes:
+            one.changes, one.alive_at = one.journal.changes, self._clock()
         said = one.journal.said
         new = {chunk: digest for chunk, digest in chunks.items() if chunk not in self._done}
         self._held.hear(chunks, said.get("sent", {}))
@@ -224,6 +239,15 @@ class Sharing:
             self._held.show_life()
         one.piece.failures += 1
         self._lose(one, str(failed), kind=type(failed))
+
+    def _give_up(self, one: _Try) -> None:
+        """Where a node's file system hangs, Ray sees nothing of it. What the task answers, should it wake up,
+        is not heard.
+        """
+        self._call_off(one.name)
+        self._roster.give_up(one.task, one.node)
+        one.piece.failures += 1
+        self._lose(one, f"no sign of life for {self._silent_seconds:.0f} s")
 
     def _lose(self, one: _Try, why: str, *, kind: type[PmaError] = StorageError) -> None:
         """Take a piece back, and give it again, unless that failed too often."""

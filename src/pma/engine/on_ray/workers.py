@@ -125,7 +125,7 @@ class Workers(Generic[Item]):
             self._begin_workers(owner)
             self._give_out(owner)
             first = [worker.asked[0][0] for worker in self._workers if worker.asked]
-            ended = self._cluster.ended([*first, *self._roster.looks], _LOOK_SECONDS)
+            ended = self._cluster.ended([*first, *self._roster.awaited], _LOOK_SECONDS)
             self._hear(ended, owner)
             self._roster.hear(ended)
             self._show_all()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 
 from pma.engine import provenance
@@ -52,6 +52,11 @@ class Place:
         look_anew(self.folder)
         self._driver.news()
         return self._driver
+
+    def check_called_off(self, name: str) -> None:
+        """Raises Interrupted where the driver, as it was last heard, told us, called `name`, to stop."""
+        if name in self._driver.said.get("called_off", ()):
+            raise Interrupted("called off: no sign of life was seen for long, and another makes this part")
 
     def check_words(self) -> None:
         """Raises Interrupted where the driver said that it failed."""
@@ -106,6 +111,13 @@ class Place:
         self._driver.close()
 
 
+class Beating:
+    """Shows that a process lives while it saves nothing."""
+
+    def __init__(self, beat: Callable[[], None]) -> None:
+        self.save = beat
+
+
 class Working:
     """A process's own journal and hand on the files at a place, from `__init__` to `close`.
 
@@ -151,7 +163,8 @@ class Working:
         where `called_off` was set meanwhile. `sha256`: of each file that is sent to a store, too.
         """
         done = self._done_before()
-        self._hand = self._hand_for(part, staging, sha256=sha256)
+        with self._beating(save_seconds):  # where a killed process left much, that is removed first
+            self._hand = self._hand_for(part, staging, sha256=sha256)
         output = self._output = Output(part=self._hand, digests=dict(done))
         stop, self._called_off = StopFlag(), called_off or self._called_off
 
@@ -169,7 +182,8 @@ class Working:
                 break
             time.sleep(pause)
             self.save()
-        provenance.check_unchanged(self.plan)
+        with self._beating(save_seconds):
+            provenance.check_unchanged(self.plan)
         self._journal.say(done=True)
         return {chunk: digest for chunk, digest in output.digests.items() if chunk not in done}
 
@@ -182,9 +196,14 @@ class Working:
         place = self._place
         # what is opened, or sent, while the lease is the driver's is the driver's too, whatever comes after
         if not isinstance(place.out, RemotePath):
-            return FolderHand(place.folder, place.check)
+            return FolderHand(place.folder, self._check)
         local = local_folder(place.out, f"{place.token[:_TOKEN_CHARACTERS]}-{self._name}", staging)
-        return SendingHand(self.plan, part, place.out, local, place.check, sha256=sha256)
+        return SendingHand(self.plan, part, place.out, local, self._check, sha256=sha256)
+
+    def _check(self) -> None:
+        """Raises Interrupted where this part, or the merge, does not go on here."""
+        self._place.check()
+        self._place.check_called_off(self._name)
 
     @property
     def sent(self) -> Mapping[str, Arrived]:
@@ -195,13 +214,17 @@ class Working:
         """Let the driver see that we live."""
         self._journal.beat()
 
+    def _beating(self, seconds: float) -> AbstractContextManager[None]:
+        """In the block, which may take long and saves nothing, show that we live."""
+        return kept_up([Beating(self.show_life)], StopFlag(), seconds)
+
     def save(self) -> None:
         """See to it that what is written is safe, then say so in the journal; show that we live, and see that
         all goes on.
         """
         if self._called_off.is_set():
             raise Interrupted("called off")
-        self._place.check()
+        self._check()
         self.show_life()
         new, read = self._output.taken(), self._read
         if self._hand is not None and (safe := self._hand.settle(new)):
@@ -211,7 +234,7 @@ class Working:
     def failed(self, error: BaseException) -> BaseException:
         """Tell the driver; returns what to raise: where the merge was called off before, that."""
         try:
-            self._place.check()
+            self._check()
         except PmaError as called_off:
             if not isinstance(error, (UsageError, MismatchError)):
                 return called_off
