@@ -374,6 +374,25 @@ def test_a_task_that_does_not_begin_is_moved(world: World) -> None:
     assert world.now >= 15
 
 
+def test_a_task_that_plans_for_long_is_not_taken_back(world: World) -> None:
+    """It says that it is there before it plans, and nothing more until it has."""
+
+    def behave(task: Task) -> Iterator[Any]:
+        journal = Journal(world.folder, part_journal(TOKEN, task.name), new=True)
+        began = world.now
+        while world.now < began + 20:
+            yield None
+        journal.start({"who": task.node.name})
+        world.make(journal, task.part)
+        journal.say(done=True)
+        yield {"chunks": len(task.part)}
+
+    world.behave = behave
+    seen = share(world, parts=1)
+    assert all_done(world)
+    assert (len(world.given), world.taken_back, seen.told) == (1, [], [])
+
+
 def test_tasks_that_begin_nowhere_wait_and_say_so(world: World) -> None:
     """Both nodes' cores are taken for a minute and a half: nothing fails."""
 

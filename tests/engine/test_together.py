@@ -469,7 +469,8 @@ def test_one_who_works_under_a_lease_that_was_broken_stops_and_writes_into_no_fi
         driver = Driver(planned, (), crew(0, 1))
         with attempt(planned, out, agree=driver.meet) as first:
             place = part_module.Place(out, first.token, silent_seconds=60)
-            working = part_module.Working(planned, place, "1", "rank 1")
+            working = part_module.Working(place, "1", "rank 1")
+            working.take(planned)
             working.agree()
             os.close(first._lease._descriptor)  # as a kill lets go of its lock
             first._lease._descriptor = os.open(os.devnull, os.O_RDONLY)
@@ -501,14 +502,14 @@ def test_a_driver_with_workers_of_its_own(
             for number in (2, 0, 1):
                 with plan(run) as theirs:
                     name, who = f"{number}-0", f"worker {number}"
-                    made = carry_out(theirs, parts[number], out, building.token, name=name, who=who)
+                    made = carry_out(lambda: theirs, parts[number], out, building.token, name=name, who=who)
                 assert set(made) == {planned.blocks[n].chunk for n in parts[number]}
                 building.hear(made)
             with plan(run) as theirs:  # tried again: there is nothing left to do
-                again = carry_out(theirs, parts[1], out, building.token, name="1-1", who="worker 1")
+                again = carry_out(lambda: theirs, parts[1], out, building.token, name="1-1", who="worker 1")
             building.hear(again)
             with plan(run[1:]) as theirs, pytest.raises(MismatchError, match="worker 4"):
-                carry_out(theirs, parts[1], out, building.token, name="1-2", who="worker 4")
+                carry_out(lambda: theirs, parts[1], out, building.token, name="1-2", who="worker 4")
         with attempt(planned, out, agree=driver.meet) as building:
             assert building.bytes_done == planned.bytes_to_write  # from the workers' journals
             commit(building)
@@ -526,7 +527,9 @@ def test_a_part_that_was_called_off_stops_and_the_others_go_on(run: list[Path], 
             driver.call_off("0-0")
             for name in ("0-0", "1-0"):
                 with plan(run) as theirs:
-                    carry = partial(carry_out, theirs, parts[0], out, building.token, name=name, who="node7")
+                    carry = partial(
+                        carry_out, lambda: theirs, parts[0], out, building.token, name=name, who="node7"
+                    )
                     if name == "0-0":
                         with pytest.raises(Interrupted, match="no sign of life was seen for long"):
                             carry()
@@ -540,7 +543,7 @@ def test_a_part_that_was_called_off_stops_and_the_others_go_on(run: list[Path], 
 def test_what_takes_long_beside_blocks_shows_signs_of_life(
     run: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A part's process makes its files ready, and looks at its sources again in the end."""
+    """A part's process plans, makes its files ready, and looks at its sources again in the end."""
     out, seen = tmp_path / "out", []
     unchanged, hand_for = provenance.check_unchanged, part_module.Working._hand_for
 
@@ -551,6 +554,10 @@ def test_what_takes_long_beside_blocks_shows_signs_of_life(
             journal.news()
             time.sleep(0.01)
         seen.append((what, journal.changes))
+
+    def slow_plan() -> engine.Plan:
+        await_sign("plan")
+        return planned
 
     def slow_check(planned: engine.Plan) -> None:
         await_sign("sources")
@@ -566,10 +573,11 @@ def test_what_takes_long_beside_blocks_shows_signs_of_life(
             monkeypatch.setattr(provenance, "check_unchanged", slow_check)
             monkeypatch.setattr(part_module.Working, "_hand_for", slow_hand)
             part = planned.partition(1)[0]
-            made = carry_out(planned, part, out, building.token, name="0-0", who="node7", save_seconds=0.05)
+            how = {"name": "0-0", "who": "node7", "save_seconds": 0.05}
+            made = carry_out(slow_plan, part, out, building.token, **how)
             building.hear(made)
             monkeypatch.undo()
-    assert seen == [("files", 3), ("sources", 3)]
+    assert seen == [("plan", 3), ("files", 3), ("sources", 3)]
 
 
 def files_of(building: Building) -> dict[Path, bytes]:

@@ -76,7 +76,7 @@ class _Try:
 
     @property
     def begun(self) -> bool:
-        return self.journal.heading is not None
+        return self.journal.changes > 0  # it is there, be it without a word yet
 
 
 class Sharing:

@@ -62,20 +62,25 @@ def portable(plan: Plan) -> tuple[tuple[TrajectoryPoint, ...], MergeOptions]:
     return points, options
 
 
-@lru_cache(maxsize=1)  # a process carries out many parts of one merge
-def _plan_of(packed: bytes) -> tuple[Spec, Plan]:
+def _spec_of(packed: bytes) -> Spec:
     spec: Spec = pickle.loads(packed)
+    return spec
+
+
+@lru_cache(maxsize=1)  # a process carries out many parts of one merge
+def _plan_of(packed: bytes) -> Plan:
+    spec = _spec_of(packed)
     made = planned(spec.points, spec.options, as_given=spec.as_given)
     if isinstance(spec.out, RemotePath):
         made = made.resharded(spec.files)
-    return spec, made
+    return made
 
 
 def look(packed: bytes, who: str) -> Answer:
     """See whether this node plans the same merge, sees the place that the driver works in, and can write
     there.
     """
-    return _answered(who, lambda: _look(*_plan_of(packed), who))
+    return _answered(who, lambda: _look(_spec_of(packed), _plan_of(packed), who))
 
 
 def _look(spec: Spec, plan: Plan, who: str) -> Answer:
@@ -120,9 +125,9 @@ def carry_out_part(packed: bytes, part: Part, name: str, who: str) -> Answer:
 
 
 def _carry_out(packed: bytes, part: Part, name: str, who: str) -> Answer:
-    spec, plan = _plan_of(packed)
+    spec = _spec_of(packed)
     made = carry_out(
-        plan,
+        lambda: _plan_of(packed),
         part,
         spec.out,
         spec.token,

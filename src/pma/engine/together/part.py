@@ -119,15 +119,19 @@ class Beating:
 
 
 class Working:
-    """A process's own journal and hand on the files at a place, from `__init__` to `close`.
+    """A process's own journal and hand on the files at a place, from `__init__` to `close`; `take` a plan
+    before anything else.
 
     Raises UsageError where another process has that name already.
     """
 
-    def __init__(self, plan: Plan, place: Place, name: str, who: str) -> None:
-        self.plan, self._place, self._name, self._who = plan, place, name, who
+    plan: Plan
+
+    def __init__(self, place: Place, name: str, who: str) -> None:
+        self._place, self._name, self._who = place, name, who
         try:
             self._journal = speak(place.folder, part_journal(place.token, name))
+            self._journal.beat()  # in a store it is there with its first words only
         except FileExistsError:
             raise UsageError(
                 f"{who}: another process is {name} of the merge to {place.out}; is it started twice?"
@@ -138,7 +142,12 @@ class Working:
         self._called_off = StopFlag()
         self._read = 0
         self._output = Output(part=None)
-        self._journal.start({"plan": provenance.heading(plan), "who": who, "process": this_process()})
+
+    def take(self, plan: Plan) -> None:
+        """Say what we are to make."""
+        self.plan = plan
+        told = {"who": self._who, "process": this_process()}
+        self._journal.start({"plan": provenance.heading(plan), **told})
 
     def agree(self) -> None:
         """Check that this process plans as the driver does, and tell it. Raises MismatchError."""
@@ -163,7 +172,7 @@ class Working:
         where `called_off` was set meanwhile. `sha256`: of each file that is sent to a store, too.
         """
         done = self._done_before()
-        with self._beating(save_seconds):  # where a killed process left much, that is removed first
+        with self.beating(save_seconds):  # where a killed process left much, that is removed first
             self._hand = self._hand_for(part, staging, sha256=sha256)
         output = self._output = Output(part=self._hand, digests=dict(done))
         stop, self._called_off = StopFlag(), called_off or self._called_off
@@ -182,7 +191,7 @@ class Working:
                 break
             time.sleep(pause)
             self.save()
-        with self._beating(save_seconds):
+        with self.beating(save_seconds):
             provenance.check_unchanged(self.plan)
         self._journal.say(done=True)
         return {chunk: digest for chunk, digest in output.digests.items() if chunk not in done}
@@ -214,7 +223,7 @@ class Working:
         """Let the driver see that we live."""
         self._journal.beat()
 
-    def _beating(self, seconds: float) -> AbstractContextManager[None]:
+    def beating(self, seconds: float) -> AbstractContextManager[None]:
         """In the block, which may take long and saves nothing, show that we live."""
         return kept_up([Beating(self.show_life)], StopFlag(), seconds)
 
@@ -251,7 +260,7 @@ class Working:
 
 
 def carry_out(
-    plan: Plan,
+    make_plan: Callable[[], Plan],
     part: Part,
     out: Path,
     token: str,
@@ -267,11 +276,17 @@ def carry_out(
     """Carry out one part of a merge whose driver holds the lease with `token`, in any process that sees its
     folder; returns the chunks that were made and journaled.
 
-    `name`: of this attempt at the part, and of no other, also where a part is tried again. Raises
-    MismatchError where this process plans another merge, Interrupted where the driver is gone.
+    `make_plan` gives the plan; that we began is seen before. `name`: of this attempt at the part, and of no
+    other, also where a part is tried again. Raises MismatchError where this process plans another merge,
+    Interrupted where the driver is gone.
     """
-    with closing(Place(out, token, silent_seconds=silent_seconds)) as place:
-        working = Working(plan, place, name, who)
+    with (
+        closing(Place(out, token, silent_seconds=silent_seconds)) as place,
+        closing(Working(place, name, who)) as working,
+    ):
+        with working.beating(save_seconds):
+            plan = make_plan()
+        working.take(plan)
         try:
             working.agree()
             return working.carry_out(
@@ -279,5 +294,3 @@ def carry_out(
             )
         except BaseException as error:
             raise working.failed(error) from error
-        finally:
-            working.close()

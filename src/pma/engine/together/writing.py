@@ -171,8 +171,9 @@ def _met(
     place = Place(out, token, silent_seconds=crew.silent_seconds)
     if isinstance(out, RemotePath):
         plan = plan.resharded(driver.heading["files"])
-    working = Working(plan, place, str(crew.rank), crew.name)
+    working = Working(place, str(crew.rank), crew.name)
     try:
+        working.take(plan)
         working.agree()
         for pause in pauses():
             parts = place.driver().said.get("parts")
