@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from pma.cluster import Cluster, Node, NodeProgress, OnRay
-from pma.engine.on_ray.checking import MERGING, all_of, begin_look, wrong_in
+from pma.engine.on_ray.checking import ALL, MERGING, Used, begin_look, wrong_in
 from pma.errors import PmaError, StorageError
 
 _NODES_SECONDS = 1.0
@@ -21,7 +21,7 @@ Clock = Callable[[], float]
 class Roster:
     """Those that looked at the sources before, `nodes`, and those that join and look later.
 
-    `packed`, `look_in`: as for `begin_look`. `used`: those of the cluster's nodes that are to work. `tell`
+    `packed`, `look_in`: as for `begin_look`. `used`: which of the cluster's nodes are to work. `tell`
     hears of nodes that are left out.
     """
 
@@ -34,7 +34,7 @@ class Roster:
         packed: bytes,
         tell: Callable[[str], None],
         look_in: str = MERGING,
-        used: Callable[[Sequence[Node]], Sequence[Node]] = all_of,
+        used: Used = ALL,
         clock: Clock = time.monotonic,
     ) -> None:
         self._cluster, self._on, self._tell, self._clock = cluster, on, tell, clock
@@ -80,7 +80,7 @@ class Roster:
 
     def _nobody(self) -> StorageError:
         silent = {node.key: f"{node.name} shows no sign of life" for node in self._silent.values()}
-        why = "; ".join([*self._unfit.values(), *silent.values()]) or "all of them are gone"
+        why = "; ".join([*self._unfit.values(), *silent.values()]) or f"all {self._used.kind} are gone"
         return StorageError(f"no node of the Ray cluster can go on: {why}")
 
     @property
