@@ -23,6 +23,8 @@ from pma.engine.together.part import Beating
 from pma.remote import RemotePath
 
 _PARTS_PER_SLOT = 4
+# a part hears that the merge failed when it saves
+_END_SECONDS = SAVE_SECONDS + 1.0
 
 
 class Meeting:
@@ -41,6 +43,7 @@ class Meeting:
         """Have every node look at the sources and write where the output is built. Raises what is wrong."""
         self.driver.meet(held)
         points, options = portable(self._plan)
+        staging = self._how.get("staging")
         self._packed = Spec(
             points=points,
             options=options,
@@ -48,7 +51,7 @@ class Meeting:
             files=len(self._plan.layout.files),
             out=self._out.absolute(),
             token=held.token,
-            staging=self._how.get("staging"),
+            staging=None if staging is None else staging.absolute(),
             sha256=self._how.get("sha256", False),
             save_seconds=self._how.get("save_seconds", SAVE_SECONDS),
             silent_seconds=Crew.silent_seconds,
@@ -74,7 +77,13 @@ class Meeting:
             show=self._how.get("show_nodes"),
             tell=tell,
         )
-        sharing.carry_out(self._parts(done), stop)
+        try:
+            with self.driver.telling():
+                sharing.carry_out(self._parts(done), stop)
+        finally:
+            # what still runs when we leave is killed, and would leave its files in the node's own folder
+            if isinstance(self._out, RemotePath):
+                sharing.await_end(_END_SECONDS)
 
     def _parts(self, done: Digests) -> Sequence[Part]:
         slots = sum(node.slots for node in self._nodes)

@@ -123,12 +123,20 @@ class Sharing:
             for one in [one for one in self._tries if not self._roster.lives(one.node.key)]:
                 self._lose(one, "its node is gone")
             self._give_out()
-            unanswered = [one.task for one in self._tries if one.answered_at is None]
-            ended = self._cluster.ended([*unanswered, *self._roster.awaited], pause)
+            ended = self._cluster.ended([*self._unanswered(), *self._roster.awaited], pause)
             self._hear(ended)
             self._roster.hear(ended)
             self._show_all()
         self._show_all(now=True)
+
+    def await_end(self, seconds: float) -> None:
+        """After a failure of which those who carry out parts were told: wait so long at most until they
+        stop.
+        """
+        self._cluster.await_end(self._unanswered(), seconds)
+
+    def _unanswered(self) -> list[Any]:
+        return [one.task for one in self._tries if one.answered_at is None]
 
     # ---- what is given ----
 
