@@ -442,6 +442,13 @@ def test_a_node_that_sees_something_else_is_left_out(world: World, error: PmaErr
     assert f"node a is given nothing: {error}" in seen.told
 
 
+def test_where_all_nodes_are_left_out_it_ends_at_once(world: World) -> None:
+    world.behave = answers(failed(UsageError("another version")))
+    with pytest.raises(StorageError, match="can go on: another version; another version"):
+        share(world)
+    assert world.now < 2
+
+
 def test_a_source_that_changed_for_all_is_an_error(world: World) -> None:
     path = next((world.folder.parent / "run").rglob("*.safetensors"))
     path.write_bytes(path.read_bytes())

@@ -26,6 +26,7 @@ from pma.engine.attempt import attempt
 from pma.engine.building import Building, kept_up
 from pma.engine.journal import JOURNAL_FILE, Followed, Journal, journals_of_others
 from pma.engine.lease import LEASE_FILE, Lease, is_gone, this_process
+from pma.engine.on_ray import task
 from pma.engine.staging import make_staging_folder, staging_folder
 from pma.engine.stopping import StopFlag
 from pma.engine.together import part as part_module
@@ -578,6 +579,28 @@ def test_what_takes_long_beside_blocks_shows_signs_of_life(
             building.hear(made)
             monkeypatch.undo()
     assert seen == [("plan", 3), ("files", 3), ("sources", 3)]
+
+
+def test_what_a_node_leaves_that_ends_while_it_tries_to_write_is_removed(
+    run: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ends(path: Path) -> None:
+        raise SystemExit
+
+    out = tmp_path / "out"
+    with plan(run) as planned:
+        driver = Driver(planned, (), crew(0, 1))
+        with attempt(planned, out, agree=driver.meet) as building:
+            place = part_module.Place(out, building.token, silent_seconds=60)
+            with monkeypatch.context() as patch, pytest.raises(SystemExit):
+                patch.setattr(os, "unlink", ends)
+                task._try_to_write(place)
+            assert len(journals_of_others(building.folder, building.token)) == 2  # the driver's is another
+            part = planned.partition(1)[0]
+            how = {"name": "0-0", "who": "node7"}
+            building.hear(carry_out(lambda: planned, part, out, building.token, **how))
+            commit(building)
+    assert hidden(out) == []
 
 
 def files_of(building: Building) -> dict[Path, bytes]:

@@ -111,7 +111,7 @@ def test_nodes_that_cannot_take_part(cluster: Any, run: Path, tmp_path: Path) ->
     for site, code, environment, words in (
         ("older", OLDER, {}, "pma-llm 0.0.1, and "),
         ("without", WITHOUT, {}, "pma-llm cannot be imported by"),
-        ("read-only", READ_ONLY, {"READ_ONLY": str(tmp_path)}, f"{hidden}/.pma-probe-"),
+        ("read-only", READ_ONLY, {"READ_ONLY": str(tmp_path)}, f"{hidden}/.pma-part-"),
     ):
         with one_more(cluster, tmp_path / site, code, **environment) as name:
             message = refused(merged(cluster.address, run, out))

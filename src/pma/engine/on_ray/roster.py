@@ -11,7 +11,12 @@ from pma.cluster import Cluster, Node, NodeProgress, OnRay
 from pma.engine.on_ray.checking import ALL, MERGING, Used, begin_look, wrong_in
 from pma.errors import PmaError, StorageError
 
+# work is tried so often where its node lives on
+TRIES = 4
+# what did not begin by then waits for cores that others use: another node may have some
+BEGIN_SECONDS = 15.0
 _NODES_SECONDS = 1.0
+_TELL_SECONDS = 10.0
 # a node whose task was lost may be going, and Ray not know yet
 _REST_SECONDS = 10.0
 
@@ -53,7 +58,7 @@ class Roster:
 
     def resume(self) -> None:
         """The nodes have something to do again, and were not looked at meanwhile."""
-        self._looked_at = self._usable_at = self._clock()
+        self._looked_at = self._usable_at = self._told_at = self._clock()
 
     def refresh(self) -> None:
         """Now and then, see which nodes live; those that joined are to look first. Raises StorageError where
@@ -137,6 +142,12 @@ class Roster:
         awake = [node for node in nodes if self._rest_until.get(node.key, 0.0) <= now]
         free = [node for node in awake or nodes if running[node.key] < room(node)]
         return min(free, key=lambda node: (running[node.key], -room(node)), default=None)
+
+    def tell_of_waiting(self) -> None:
+        """All that was given waits for cores: say so now and then."""
+        if self._clock() - self._told_at > _TELL_SECONDS:
+            self._told_at = self._clock()
+            self._tell("waiting for cores: the Ray cluster is busy with something else (`ray status`)")
 
     # ---- how each does ----
 

@@ -12,7 +12,7 @@ from typing import Any
 from pma.cluster import Cluster, Lost, Node, NodeProgress
 from pma.engine import provenance
 from pma.engine.journal import Followed, part_journal
-from pma.engine.on_ray.roster import Clock, Roster
+from pma.engine.on_ray.roster import BEGIN_SECONDS, TRIES, Clock, Roster
 from pma.engine.on_ray.task import carry_out_part
 from pma.engine.partition import Part
 from pma.engine.plan import Plan
@@ -36,11 +36,8 @@ from pma.remote import RemotePath
 # to look into a store is a request each time
 _LOOK_SECONDS, _STORE_LOOK_SECONDS = 0.25, 1.0
 _SHOW_SECONDS = 1.0
-_TELL_SECONDS = 10.0
-# a part is tried so often where its node lives on
-_TRIES = 4
-# a task that did not begin by then waits for cores that others use: it goes elsewhere, so often
-_BEGIN_SECONDS, _MOVES = 15.0, 2
+# a task that waits for cores goes elsewhere, so often
+_MOVES = 2
 # what no other node and no other try makes better
 _FINAL = (NonfiniteError, SpaceError, FormatError)
 
@@ -110,7 +107,7 @@ class Sharing:
         self._progress, self._show, self._tell, self._clock = progress, show, tell, clock
         self._left: deque[_Piece] = deque()
         self._tries: list[_Try] = []
-        self._shown_at = self._told_at = clock()
+        self._shown_at = clock()
 
     def carry_out(self, parts: Sequence[Part], stop: StopFlag) -> None:
         """Return when all parts are done, or soon where `stop` is set. Raises what cannot be mended."""
@@ -122,6 +119,8 @@ class Sharing:
             self._roster.refresh()
             for one in [one for one in self._tries if not self._roster.lives(one.node.key)]:
                 self._lose(one, "its node is gone")
+            if not self._tries:
+                self._roster.check_any_may_come()
             self._give_out()
             ended = self._cluster.ended([*self._unanswered(), *self._roster.awaited], pause)
             self._hear(ended)
@@ -175,7 +174,7 @@ class Sharing:
         waiting = [
             one
             for one in self._tries
-            if not one.begun and one.answered_at is None and now - one.given_at > _BEGIN_SECONDS
+            if not one.begun and one.answered_at is None and now - one.given_at > BEGIN_SECONDS
         ]
         for one in waiting:
             node = self._roster.free(self._running())
@@ -184,9 +183,8 @@ class Sharing:
             self._cluster.take_back(one.task)
             one.piece.moves += 1
             self._lose(one, f"{one.node.name} has no cores free for it")
-        if waiting and len(waiting) == len(self._tries) and now - self._told_at > _TELL_SECONDS:
-            self._told_at = now
-            self._tell("waiting for cores: the Ray cluster is busy with something else (`ray status`)")
+        if waiting and len(waiting) == len(self._tries):
+            self._roster.tell_of_waiting()
 
     # ---- what is heard, and taken back ----
 
@@ -265,7 +263,7 @@ class Sharing:
         piece = one.piece
         # Ray may see only later that a node is gone: what was lost there counts until then
         failures = piece.failures + sum(map(self._roster.lives, piece.lost_on))
-        if failures >= _TRIES:
+        if failures >= TRIES:
             raise kind(f"part {piece.number} failed {failures} times, at last on {one.node.name}: {why}")
         if one.begun or one.answered_at is not None:
             self._tell(f"{one.node.name}: part {piece.number} is given to a node again: {why}")
