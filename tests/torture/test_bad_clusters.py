@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from pma import engine, trajectory
+from pma.engine.journal import Followed
 from pma.engine.lease import LEASE_FILE
 from pma.engine.staging import staging_folder
 from pma.testing import tiny_run
@@ -102,10 +103,13 @@ def expected(run: Path, out: Path) -> dict[str, str]:
 def test_nodes_that_cannot_take_part(cluster: Any, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     merging = ray.start(cluster.address, run, out)
-    assert ray.await_workers(cluster, merging, seconds=1.5)
+    hidden = staging_folder(out)
+    while not any(Followed(path).news() for path in hidden.glob(".pma-part-*")):
+        assert merging.poll() is None, merging.communicate()
+        time.sleep(0.05)
     merging.kill()
     merging.communicate()
-    hidden = staging_folder(out)
+    assert ray.workers_end(cluster)
     before = {path.name: path.read_bytes() for path in hidden.iterdir() if path.name != LEASE_FILE}
 
     for site, code, environment, words in (
