@@ -1,6 +1,7 @@
 """How parts are given to nodes and taken back: on a cluster that is an object here, and so is its time."""
 
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -485,6 +486,13 @@ def test_all_nodes_go_and_none_comes(world: World) -> None:
     ):
         share(world)
     assert 60 <= world.now < 70
+
+
+def test_a_look_takes_its_time_where_nothing_is_awaited() -> None:
+    """As while there are no nodes: or this process would look as often as it can."""
+    started = time.monotonic()
+    assert Cluster(None, OnRay()).ended([], 0.1) == []
+    assert time.monotonic() - started >= 0.1
 
 
 def test_a_journal_that_is_not_seen_is_waited_for(world: World) -> None:
