@@ -1,5 +1,7 @@
 """How parts are given to nodes and taken back: on a cluster that is an object here, and so is its time."""
 
+import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -73,6 +75,7 @@ class World:
     tasks: list[Task] = field(default_factory=list)
     given: list[Task] = field(default_factory=list)
     taken_back: list[Task] = field(default_factory=list)
+    called_off: list[str] = field(default_factory=list)
     most: Counter[str] = field(default_factory=Counter)
     answers: dict[int, Any] = field(default_factory=dict)
     looks: list[Look] = field(default_factory=list)
@@ -227,6 +230,7 @@ def share(world: World, parts: int = 3, stop: StopFlag | None = None, seen: Shar
         packed=b"",
         cores=1,
         silent_seconds=30,
+        call_off=world.called_off.append,
         progress=lambda read, written: seen.moved.append((read, written)),
         show=lambda nodes: seen.shown.append([NodeProgress(**vars(one)) for one in nodes]),
         tell=seen.told.append,
@@ -371,6 +375,25 @@ def test_a_task_that_does_not_begin_is_moved(world: World) -> None:
     assert world.now >= 15
 
 
+def test_a_task_that_plans_for_long_is_not_taken_back(world: World) -> None:
+    """It says that it is there before it plans, and nothing more until it has."""
+
+    def behave(task: Task) -> Iterator[Any]:
+        journal = Journal(world.folder, part_journal(TOKEN, task.name), new=True)
+        began = world.now
+        while world.now < began + 20:
+            yield None
+        journal.start({"who": task.node.name})
+        world.make(journal, task.part)
+        journal.say(done=True)
+        yield {"chunks": len(task.part)}
+
+    world.behave = behave
+    seen = share(world, parts=1)
+    assert all_done(world)
+    assert (len(world.given), world.taken_back, seen.told) == (1, [], [])
+
+
 def test_tasks_that_begin_nowhere_wait_and_say_so(world: World) -> None:
     """Both nodes' cores are taken for a minute and a half: nothing fails."""
 
@@ -420,6 +443,13 @@ def test_a_node_that_sees_something_else_is_left_out(world: World, error: PmaErr
     assert f"node a is given nothing: {error}" in seen.told
 
 
+def test_where_all_nodes_are_left_out_it_ends_at_once(world: World) -> None:
+    world.behave = answers(failed(UsageError("another version")))
+    with pytest.raises(StorageError, match="can go on: another version; another version"):
+        share(world)
+    assert world.now < 2
+
+
 def test_a_source_that_changed_for_all_is_an_error(world: World) -> None:
     path = next((world.folder.parent / "run").rglob("*.safetensors"))
     path.write_bytes(path.read_bytes())
@@ -451,9 +481,18 @@ def test_all_nodes_go_and_one_comes(world: World) -> None:
 def test_all_nodes_go_and_none_comes(world: World) -> None:
     world.behave = never
     world.events.append((0.5, lambda: world.nodes_now.clear()))
-    with pytest.raises(StorageError, match="no node of the Ray cluster can go on: all of them are gone"):
+    with pytest.raises(
+        StorageError, match="no node of the Ray cluster can go on: all with CPUs to give are gone"
+    ):
         share(world)
     assert 60 <= world.now < 70
+
+
+def test_a_look_takes_its_time_where_nothing_is_awaited() -> None:
+    """As while there are no nodes: or this process would look as often as it can."""
+    started = time.monotonic()
+    assert Cluster(None, OnRay()).ended([], 0.1) == []
+    assert time.monotonic() - started >= 0.1
 
 
 def test_a_journal_that_is_not_seen_is_waited_for(world: World) -> None:
@@ -479,6 +518,77 @@ def test_a_journal_that_never_comes_is_a_failure(world: World) -> None:
     with pytest.raises(StorageError, match=r"failed 4 times.*its journal is not seen in"):
         share(world, parts=1)
     assert 120 <= world.now < 130
+
+
+def hangs_first(world: World, *, until: float) -> Behaviour:
+    """The first task makes one block, then its file system hangs for so long; what it answers comes late."""
+
+    def behave(task: Task) -> Iterator[Any]:
+        if task is not world.given[0]:
+            yield from works(world)(task)
+        journal = world.journal(task)
+        world.make(journal, [next(iter(task.part))])
+        while world.now < until:
+            yield None
+        journal.say(done=True)
+        yield {"chunks": len(task.part)}
+
+    return behave
+
+
+def test_a_part_that_hangs_is_given_to_another_node(world: World) -> None:
+    world.behave = hangs_first(world, until=900)
+    seen = share(world)
+    hung = world.given[0]
+    assert len(world.digests) == 9
+    assert 30 <= world.now < 40
+    assert world.called_off == [hung.name]
+    number, _ = hung.name.split("-")
+    line = f"{hung.node.name}: part {number} is given to a node again: no sign of life for 30 s"
+    assert seen.told == [line]
+    assert sum(task.node.key == hung.node.key for task in world.given) == 1  # it is still taken up
+    assert world.tasks == [hung]
+    assert world.taken_back == []
+
+
+def test_a_node_that_wakes_up_is_used_again_and_its_late_answer_not_heard(world: World) -> None:
+    world.nodes_now = [node("a")]
+    world.behave = hangs_first(world, until=80)
+    share(world, parts=2)
+    assert all_done(world)
+    assert 80 <= world.now < 95
+    assert [task.given_at >= 80 for task in world.given] == [False, True, True]
+    assert sum(len(task.part) for task in world.given[1:]) == 8  # the block that it had told of is done
+
+
+def test_nodes_that_all_hang_are_an_error(world: World) -> None:
+    def hang(task: Task) -> Iterator[Any]:
+        world.journal(task)
+        yield from never(task)
+
+    world.behave = hang
+    with pytest.raises(StorageError, match=r"can go on: node . shows no sign of life; node . shows"):
+        share(world)
+    assert 90 <= world.now < 100
+
+
+def test_parts_that_take_long_live_as_long_as_they_say_so(world: World) -> None:
+    """A block takes a minute and a half, and the journal is touched meanwhile."""
+
+    def behave(task: Task) -> Iterator[Any]:
+        journal = world.journal(task)
+        began = world.now
+        while world.now < began + 90:
+            os.utime(world.folder / part_journal(TOKEN, task.name), (world.now, world.now))
+            yield None
+        world.make(journal, task.part)
+        journal.say(done=True)
+        yield {"chunks": len(task.part)}
+
+    world.behave = behave
+    share(world)
+    assert all_done(world)
+    assert len(world.given) == 3
 
 
 def test_a_flag_stops_it(world: World) -> None:

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ from pma.engine.attempt import attempt
 from pma.engine.building import Building, kept_up
 from pma.engine.journal import JOURNAL_FILE, Followed, Journal, journals_of_others
 from pma.engine.lease import LEASE_FILE, Lease, is_gone, this_process
+from pma.engine.on_ray import task
 from pma.engine.staging import leftover_bytes, make_staging_folder, staging_folder
 from pma.engine.stopping import StopFlag
 from pma.engine.together import part as part_module
@@ -495,7 +497,8 @@ def test_one_who_works_under_a_lease_that_was_broken_stops_and_writes_into_no_fi
         driver = Driver(planned, (), crew(0, 1))
         with attempt(planned, out, agree=driver.meet) as first:
             place = part_module.Place(out, first.token, silent_seconds=60)
-            working = part_module.Working(planned, place, "1", "rank 1")
+            working = part_module.Working(place, "1", "rank 1")
+            working.take(planned)
             working.agree()
             os.close(first._lease._descriptor)  # as a kill lets go of its lock
             first._lease._descriptor = os.open(os.devnull, os.O_RDONLY)
@@ -527,19 +530,108 @@ def test_a_driver_with_workers_of_its_own(
             for number in (2, 0, 1):
                 with plan(run) as theirs:
                     name, who = f"{number}-0", f"worker {number}"
-                    made = carry_out(theirs, parts[number], out, building.token, name=name, who=who)
+                    made = carry_out(lambda: theirs, parts[number], out, building.token, name=name, who=who)
                 assert set(made) == {planned.blocks[n].chunk for n in parts[number]}
                 building.hear(made)
             with plan(run) as theirs:  # tried again: there is nothing left to do
-                again = carry_out(theirs, parts[1], out, building.token, name="1-1", who="worker 1")
+                again = carry_out(lambda: theirs, parts[1], out, building.token, name="1-1", who="worker 1")
             building.hear(again)
             with plan(run[1:]) as theirs, pytest.raises(MismatchError, match="worker 4"):
-                carry_out(theirs, parts[1], out, building.token, name="1-2", who="worker 4")
+                carry_out(lambda: theirs, parts[1], out, building.token, name="1-2", who="worker 4")
         with attempt(planned, out, agree=driver.meet) as building:
             assert building.bytes_done == planned.bytes_to_write  # from the workers' journals
             commit(building)
         driver.close()
     assert weights(out) == expected
+
+
+def test_a_part_that_was_called_off_stops_and_the_others_go_on(run: list[Path], tmp_path: Path) -> None:
+    """It was silent for long, and another was given what it makes."""
+    out, stop = tmp_path / "out", StopFlag()
+    with plan(run) as planned, pytest.raises(StorageError, match="tell of"):
+        driver = Driver(planned, (), crew(0, 1))
+        with attempt(planned, out, agree=driver.meet) as building, kept_up([building, driver], stop):
+            parts = planned.partition(2)
+            driver.call_off("0-0")
+            for name in ("0-0", "1-0"):
+                with plan(run) as theirs:
+                    carry = partial(
+                        carry_out, lambda: theirs, parts[0], out, building.token, name=name, who="node7"
+                    )
+                    if name == "0-0":
+                        with pytest.raises(Interrupted, match="no sign of life was seen for long"):
+                            carry()
+                        assert not any(map(any, files_of(building).values()))
+                    else:
+                        building.hear(carry())
+            assert any(map(any, files_of(building).values()))
+            commit(building)
+
+
+def test_what_takes_long_beside_blocks_shows_signs_of_life(
+    run: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part's process plans, makes its files ready, and looks at its sources again in the end."""
+    out, seen = tmp_path / "out", []
+    unchanged, hand_for = provenance.check_unchanged, part_module.Working._hand_for
+
+    def await_sign(what: str) -> None:
+        journal = Followed(journals_of_others(staging_folder(out), building.token)[-1])
+        deadline = time.monotonic() + 20
+        while journal.changes < 3 and time.monotonic() < deadline:
+            journal.news()
+            time.sleep(0.01)
+        seen.append((what, journal.changes))
+
+    def slow_plan() -> engine.Plan:
+        await_sign("plan")
+        return planned
+
+    def slow_check(planned: engine.Plan) -> None:
+        await_sign("sources")
+        unchanged(planned)
+
+    def slow_hand(working: part_module.Working, *arguments: object, **how: bool) -> object:
+        await_sign("files")
+        return hand_for(working, *arguments, **how)
+
+    with plan(run) as planned:
+        driver = Driver(planned, (), crew(0, 1))
+        with attempt(planned, out, agree=driver.meet) as building:
+            monkeypatch.setattr(provenance, "check_unchanged", slow_check)
+            monkeypatch.setattr(part_module.Working, "_hand_for", slow_hand)
+            part = planned.partition(1)[0]
+            how = {"name": "0-0", "who": "node7", "save_seconds": 0.05}
+            made = carry_out(slow_plan, part, out, building.token, **how)
+            building.hear(made)
+            monkeypatch.undo()
+    assert seen == [("plan", 3), ("files", 3), ("sources", 3)]
+
+
+def test_what_a_node_leaves_that_ends_while_it_tries_to_write_is_removed(
+    run: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ends(path: Path) -> None:
+        raise SystemExit
+
+    out = tmp_path / "out"
+    with plan(run) as planned:
+        driver = Driver(planned, (), crew(0, 1))
+        with attempt(planned, out, agree=driver.meet) as building:
+            place = part_module.Place(out, building.token, silent_seconds=60)
+            with monkeypatch.context() as patch, pytest.raises(SystemExit):
+                patch.setattr(os, "unlink", ends)
+                task._try_to_write(place)
+            assert len(journals_of_others(building.folder, building.token)) == 2  # the driver's is another
+            part = planned.partition(1)[0]
+            how = {"name": "0-0", "who": "node7"}
+            building.hear(carry_out(lambda: planned, part, out, building.token, **how))
+            commit(building)
+    assert hidden(out) == []
+
+
+def files_of(building: Building) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in building.folder.glob("*.safetensors")}
 
 
 @pytest.mark.parametrize("let_go", [True, False])

@@ -19,9 +19,11 @@ import pytest
 from pma import engine, formats, trajectory
 from pma.engine import Crew, MergeOptions
 from pma.engine.compute import BlockWorker
+from pma.engine.journal import Followed, StoreJournal
 from pma.engine.lease import this_process
 from pma.engine.provenance import heading
 from pma.engine.together import in_store
+from pma.engine.together.places import look_anew
 from pma.errors import Interrupted, MismatchError, NonfiniteError, StorageError, UsageError
 from pma.formats.contracts import UNFINISHED_FILE
 from pma.remote import Store, location
@@ -448,6 +450,22 @@ def test_files_that_were_sent_without_a_sha256_are_read_again(
     assert "model-00002-of-00003.safetensors" not in reading
     check_sha256(memory)
     assert is_finished(run, memory)
+
+
+def test_signs_of_life_are_seen_in_a_store(run: list[Path]) -> None:
+    """Before anything is said, and after."""
+    out = location(URL)
+    journal, followed = StoreJournal(out / ".pma-part-1"), Followed(out / ".pma-part-1")
+    for changes in (1, 2, 3, 4, 5):
+        if changes == 3:
+            journal.start({"who": "node7"})
+        else:
+            time.sleep(0.11)
+            journal.beat()
+        look_anew(out)
+        assert followed.news() == {}
+        assert followed.changes == changes
+        assert followed.heading == (None if changes < 3 else {"who": "node7"})
 
 
 def test_a_sha256_outlives_who_took_it(

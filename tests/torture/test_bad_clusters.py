@@ -113,12 +113,13 @@ def test_nodes_that_cannot_take_part(cluster: Any, run: Path, tmp_path: Path) ->
         time.sleep(0.05)
     merging.kill()
     merging.communicate()
+    assert ray.workers_end(cluster)
     before = {path.name: path.read_bytes() for path in hidden.iterdir() if path.name != LEASE_FILE}
 
     for site, code, environment, words in (
         ("older", OLDER, {}, "pma-llm 0.0.1, and "),
         ("without", WITHOUT, {}, "pma-llm cannot be imported by"),
-        ("read-only", READ_ONLY, {"READ_ONLY": str(tmp_path)}, f"{hidden}/.pma-probe-"),
+        ("read-only", READ_ONLY, {"READ_ONLY": str(tmp_path)}, f"{hidden}/.pma-part-"),
     ):
         with one_more(cluster, tmp_path / site, code, **environment) as name:
             message = refused(merged(cluster.address, run, out))

@@ -4,7 +4,9 @@ arrived stays, and is sent once.
 
 import json
 import os
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -108,3 +110,18 @@ def test_workers_and_drivers_killed(bucket: Bucket, cluster: Any, tmp_path: Path
     # what had arrived stayed, but for what its node had not told of yet
     after = arrived(bucket)
     assert sum(after[name] != at for name, at in before.items()) < NODES
+
+
+def test_an_interrupted_driver_leaves_nothing_staged(bucket: Bucket, cluster: Any, tmp_path: Path) -> None:
+    """Nodes remove the files that they were making before Ray ends their processes."""
+    staging = tmp_path / "staging"
+    run, out = run_of(tmp_path, shards=1), f"{bucket.url}/out"
+    merging = ray.start(cluster.address, run, out, "--staging", str(staging))
+    assert ray.await_workers(cluster, merging, seconds=0.5)
+    assert list(staging.glob("*-parts/*/*.safetensors"))
+    merging.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    _, told = merging.communicate(timeout=60)
+    assert merging.returncode == 4, told[-3000:]
+    assert time.monotonic() - started < 15
+    assert not list(staging.glob("*-parts/*"))

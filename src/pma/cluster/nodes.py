@@ -4,6 +4,7 @@ them.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -102,6 +103,7 @@ class Cluster:
     def ended(self, tasks: Sequence[Any], seconds: float) -> list[Any]:
         """Those that ended, after so many seconds at most, or when one does."""
         if not tasks:
+            time.sleep(seconds)
             return []
         found, _ = self._ray.wait(list(tasks), num_returns=1, timeout=seconds)
         if found:

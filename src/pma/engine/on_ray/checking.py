@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Protocol
 
 from pma.cluster import Cluster, Lost, Node
 from pma.engine.together.words import failure_in, said_by
@@ -43,9 +43,24 @@ def _probe() -> Callable[[bytes, str, str, str], dict[str, Any]]:
     return probe
 
 
-def all_of(nodes: Sequence[Node]) -> Sequence[Node]:
+class Used(Protocol):
+    """Which of a cluster's nodes are to work; `kind` tells them from others, in words."""
+
+    @property
+    def kind(self) -> str: ...
+    def __call__(self, nodes: Sequence[Node]) -> Sequence[Node]: ...
+
+
+class AllOf:
     """Every node is used."""
-    return nodes
+
+    kind = "with CPUs to give"
+
+    def __call__(self, nodes: Sequence[Node]) -> Sequence[Node]:
+        return nodes
+
+
+ALL = AllOf()
 
 
 def begin_look(cluster: Cluster, node: Node, packed: bytes, look_in: str = MERGING) -> Any:
@@ -67,7 +82,7 @@ def check_all(
     seconds: float,
     look_in: str = MERGING,
     *,
-    used: Callable[[Sequence[Node]], Sequence[Node]] = all_of,
+    used: Used = ALL,
 ) -> list[Node]:
     """Have all nodes that are `used` look, as by `begin_look`; returns those that live on. Raises what the
     first one found wrong, StorageError where one does not answer.
@@ -92,5 +107,5 @@ def check_all(
     finally:
         cluster.await_end(list(waiting), 1.0)
     if not nodes:
-        raise UsageError("the Ray cluster has no node with CPUs to give (`ray status`)")
+        raise UsageError(f"the Ray cluster has no node {used.kind} (`ray status`)")
     return list(nodes.values())

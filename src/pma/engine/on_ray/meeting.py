@@ -19,10 +19,12 @@ from pma.engine.stopping import StopFlag
 from pma.engine.stream import Digests
 from pma.engine.together.crew import Crew
 from pma.engine.together.driver import Driver, Held
-from pma.engine.together.writing import Beating
+from pma.engine.together.part import Beating
 from pma.remote import RemotePath
 
 _PARTS_PER_SLOT = 4
+# a part hears that the merge failed when it saves
+_END_SECONDS = SAVE_SECONDS + 1.0
 
 
 class Meeting:
@@ -41,6 +43,7 @@ class Meeting:
         """Have every node look at the sources and write where the output is built. Raises what is wrong."""
         self.driver.meet(held)
         points, options = portable(self._plan)
+        staging = self._how.get("staging")
         self._packed = Spec(
             points=points,
             options=options,
@@ -48,12 +51,12 @@ class Meeting:
             files=len(self._plan.layout.files),
             out=self._out.absolute(),
             token=held.token,
-            staging=self._how.get("staging"),
+            staging=None if staging is None else staging.absolute(),
             sha256=self._how.get("sha256", False),
             save_seconds=self._how.get("save_seconds", SAVE_SECONDS),
             silent_seconds=Crew.silent_seconds,
         ).packed()
-        with self.driver.telling(), kept_up([Beating(held), self.driver], StopFlag()):
+        with self.driver.telling(), kept_up([Beating(held.show_life), self.driver], StopFlag()):
             self._nodes = check_all(self._cluster, self._packed, self._on.node_seconds)
 
     def carry_out(self, held: Held, done: Digests, count: Count, stop: StopFlag) -> None:
@@ -69,11 +72,18 @@ class Meeting:
             packed=self._packed,
             cores=self._plan.options.threads,
             silent_seconds=Crew.silent_seconds,
+            call_off=self.driver.call_off,
             progress=count.add,
             show=self._how.get("show_nodes"),
             tell=tell,
         )
-        sharing.carry_out(self._parts(done), stop)
+        try:
+            with self.driver.telling():
+                sharing.carry_out(self._parts(done), stop)
+        finally:
+            # what still runs when we leave is killed, and would leave its files in the node's own folder
+            if isinstance(self._out, RemotePath):
+                sharing.await_end(_END_SECONDS)
 
     def _parts(self, done: Digests) -> Sequence[Part]:
         slots = sum(node.slots for node in self._nodes)

@@ -13,11 +13,12 @@ from pma.cluster import Node, NodeProgress, OnRay, connected
 from pma.engine import provenance
 from pma.engine.gram import GroupOf, InnerProducts, Sums, bytes_to_read, of_sums, sums_of
 from pma.engine.on_ray import recipes
+from pma.engine.on_ray.answers import Answer, answered
 from pma.engine.on_ray.checking import check_all
 from pma.engine.on_ray.recipes import Recipe, again, recipe
 from pma.engine.on_ray.roster import Roster
 from pma.engine.on_ray.sharing import part_count
-from pma.engine.on_ray.workers import Answer, Job, Room, Workers, answered
+from pma.engine.on_ray.workers import Job, Room, Workers
 from pma.engine.partition import Part
 from pma.engine.plan import Plan
 from pma.engine.stream import Progress

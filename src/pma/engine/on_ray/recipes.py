@@ -13,8 +13,8 @@ from blake3 import blake3
 
 from pma.engine import provenance
 from pma.engine.lease import host
+from pma.engine.on_ray.answers import Answer, answered
 from pma.engine.on_ray.task import portable
-from pma.engine.on_ray.workers import Answer, answered
 from pma.engine.plan import MergeOptions, Plan
 from pma.engine.planning import plan as planned
 from pma.engine.together.views import difference, view

@@ -12,7 +12,7 @@ from typing import Any
 from pma.cluster import Cluster, Lost, Node, NodeProgress
 from pma.engine import provenance
 from pma.engine.journal import Followed, part_journal
-from pma.engine.on_ray.roster import Clock, Roster
+from pma.engine.on_ray.roster import BEGIN_SECONDS, TRIES, Clock, Roster
 from pma.engine.on_ray.task import carry_out_part
 from pma.engine.partition import Part
 from pma.engine.plan import Plan
@@ -36,11 +36,8 @@ from pma.remote import RemotePath
 # to look into a store is a request each time
 _LOOK_SECONDS, _STORE_LOOK_SECONDS = 0.25, 1.0
 _SHOW_SECONDS = 1.0
-_TELL_SECONDS = 10.0
-# a part is tried so often where its node lives on
-_TRIES = 4
-# a task that did not begin by then waits for cores that others use: it goes elsewhere, so often
-_BEGIN_SECONDS, _MOVES = 15.0, 2
+# a task that waits for cores goes elsewhere, so often
+_MOVES = 2
 # what no other node and no other try makes better
 _FINAL = (NonfiniteError, SpaceError, FormatError)
 
@@ -59,26 +56,32 @@ class _Piece:
 
 @dataclass(kw_only=True, eq=False)
 class _Try:
-    """A piece that was given to a node."""
+    """A piece that was given to a node. `alive_at`: when its journal was last found changed, which whoever
+    carries it out touches every few seconds.
+    """
 
     piece: _Piece
+    name: str
     node: Node
     task: Any
     journal: Followed
     given_at: float
+    alive_at: float
+    changes: int = 0
     answered_at: float | None = None
     read: int = 0
 
     @property
     def begun(self) -> bool:
-        return self.journal.heading is not None
+        return self.journal.changes > 0  # it is there, be it without a word yet
 
 
 class Sharing:
     """Has parts carried out by the nodes of a cluster.
 
     `done`: chunks that are done, as `held` hears of them. `packed`: what a node needs to carry out a part, on
-    so many `cores`. `show` hears how each node does, `tell` a line of what is unusual.
+    so many `cores`. One that shows no sign of life for `silent_seconds` is given up, and `call_off` tells it
+    so, by its name. `show` hears how each node does, `tell` a line of what is unusual.
     """
 
     def __init__(
@@ -92,17 +95,19 @@ class Sharing:
         packed: bytes,
         cores: float,
         silent_seconds: float,
+        call_off: Callable[[str], None],
         progress: Progress | None = None,
         show: Callable[[Sequence[NodeProgress]], None] | None = None,
         tell: Callable[[str], None] = lambda line: None,
         clock: Clock = time.monotonic,
     ) -> None:
         self._plan, self._held, self._done, self._cluster, self._roster = plan, held, done, cluster, roster
-        self._packed, self._cores, self._silent_seconds = packed, cores, silent_seconds
+        self._packed, self._cores = packed, cores
+        self._silent_seconds, self._call_off = silent_seconds, call_off
         self._progress, self._show, self._tell, self._clock = progress, show, tell, clock
         self._left: deque[_Piece] = deque()
         self._tries: list[_Try] = []
-        self._shown_at = self._told_at = clock()
+        self._shown_at = clock()
 
     def carry_out(self, parts: Sequence[Part], stop: StopFlag) -> None:
         """Return when all parts are done, or soon where `stop` is set. Raises what cannot be mended."""
@@ -114,13 +119,23 @@ class Sharing:
             self._roster.refresh()
             for one in [one for one in self._tries if not self._roster.lives(one.node.key)]:
                 self._lose(one, "its node is gone")
+            if not self._tries:
+                self._roster.check_any_may_come()
             self._give_out()
-            unanswered = [one.task for one in self._tries if one.answered_at is None]
-            ended = self._cluster.ended([*unanswered, *self._roster.looks], pause)
+            ended = self._cluster.ended([*self._unanswered(), *self._roster.awaited], pause)
             self._hear(ended)
             self._roster.hear(ended)
             self._show_all()
         self._show_all(now=True)
+
+    def await_end(self, seconds: float) -> None:
+        """After a failure of which those who carry out parts were told: wait so long at most until they
+        stop.
+        """
+        self._cluster.await_end(self._unanswered(), seconds)
+
+    def _unanswered(self) -> list[Any]:
+        return [one.task for one in self._tries if one.answered_at is None]
 
     # ---- what is given ----
 
@@ -135,7 +150,10 @@ class Sharing:
             arguments = (self._packed, piece.part, name, node.name)
             task = self._cluster.start(node, carry_out_part, *arguments, cores=self._cores)
             journal = Followed(self._held.folder / part_journal(self._held.token, name))
-            given = _Try(piece=piece, node=node, task=task, journal=journal, given_at=self._clock())
+            now = self._clock()
+            given = _Try(
+                piece=piece, name=name, node=node, task=task, journal=journal, given_at=now, alive_at=now
+            )
             self._tries.append(given)
             self._roster.of(node)
         self._move_what_waits()
@@ -156,7 +174,7 @@ class Sharing:
         waiting = [
             one
             for one in self._tries
-            if not one.begun and one.answered_at is None and now - one.given_at > _BEGIN_SECONDS
+            if not one.begun and one.answered_at is None and now - one.given_at > BEGIN_SECONDS
         ]
         for one in waiting:
             node = self._roster.free(self._running())
@@ -165,9 +183,8 @@ class Sharing:
             self._cluster.take_back(one.task)
             one.piece.moves += 1
             self._lose(one, f"{one.node.name} has no cores free for it")
-        if waiting and len(waiting) == len(self._tries) and now - self._told_at > _TELL_SECONDS:
-            self._told_at = now
-            self._tell("waiting for cores: the Ray cluster is busy with something else (`ray status`)")
+        if waiting and len(waiting) == len(self._tries):
+            self._roster.tell_of_waiting()
 
     # ---- what is heard, and taken back ----
 
@@ -181,9 +198,13 @@ class Sharing:
                 self._judge(one, answer)
             elif one.answered_at is not None:
                 self._judge(one, {})
+            elif one.begun and self._clock() - one.alive_at > self._silent_seconds:
+                self._give_up(one)
 
     def _take_news(self, one: _Try) -> None:
         chunks = one.journal.news()
+        if one.journal.changes != one.changes:
+            one.changes, one.alive_at = one.journal.changes, self._clock()
         said = one.journal.said
         new = {chunk: digest for chunk, digest in chunks.items() if chunk not in self._done}
         self._held.hear(chunks, said.get("sent", {}))
@@ -225,6 +246,15 @@ class Sharing:
         one.piece.failures += 1
         self._lose(one, str(failed), kind=type(failed))
 
+    def _give_up(self, one: _Try) -> None:
+        """Where a node's file system hangs, Ray sees nothing of it. What the task answers, should it wake up,
+        is not heard.
+        """
+        self._call_off(one.name)
+        self._roster.give_up(one.task, one.node)
+        one.piece.failures += 1
+        self._lose(one, f"no sign of life for {self._silent_seconds:.0f} s")
+
     def _lose(self, one: _Try, why: str, *, kind: type[PmaError] = StorageError) -> None:
         """Take a piece back, and give it again, unless that failed too often."""
         self._take_news(one)
@@ -233,7 +263,7 @@ class Sharing:
         piece = one.piece
         # Ray may see only later that a node is gone: what was lost there counts until then
         failures = piece.failures + sum(map(self._roster.lives, piece.lost_on))
-        if failures >= _TRIES:
+        if failures >= TRIES:
             raise kind(f"part {piece.number} failed {failures} times, at last on {one.node.name}: {why}")
         if one.begun or one.answered_at is not None:
             self._tell(f"{one.node.name}: part {piece.number} is given to a node again: {why}")

@@ -6,29 +6,26 @@ import os
 import pickle
 import secrets
 import time
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
-from pma.engine.attempt import of_ours
+from pma.engine.attempt import errors_of_ours
+from pma.engine.journal import part_journal
+from pma.engine.on_ray.answers import Answer, answered
 from pma.engine.partition import Part
 from pma.engine.plan import MergeOptions, Plan
 from pma.engine.planning import plan as planned
 from pma.engine.together.part import Place, carry_out, pauses
 from pma.engine.together.places import driver_at
 from pma.engine.together.views import difference, view
-from pma.engine.together.words import said_by, told_of
-from pma.errors import Interrupted, MismatchError, PmaError, StorageError
+from pma.errors import MismatchError, StorageError
 from pma.remote import RemotePath
 from pma.trajectory import TrajectoryPoint
 
 # what one node made, another may see up to a minute later
 _SEEN_SECONDS = 60.0
-
-Answer = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,20 +59,25 @@ def portable(plan: Plan) -> tuple[tuple[TrajectoryPoint, ...], MergeOptions]:
     return points, options
 
 
-@lru_cache(maxsize=1)  # a process carries out many parts of one merge
-def _plan_of(packed: bytes) -> tuple[Spec, Plan]:
+def _spec_of(packed: bytes) -> Spec:
     spec: Spec = pickle.loads(packed)
+    return spec
+
+
+@lru_cache(maxsize=1)  # a process carries out many parts of one merge
+def _plan_of(packed: bytes) -> Plan:
+    spec = _spec_of(packed)
     made = planned(spec.points, spec.options, as_given=spec.as_given)
     if isinstance(spec.out, RemotePath):
         made = made.resharded(spec.files)
-    return spec, made
+    return made
 
 
 def look(packed: bytes, who: str) -> Answer:
     """See whether this node plans the same merge, sees the place that the driver works in, and can write
     there.
     """
-    return _answered(who, lambda: _look(*_plan_of(packed), who))
+    return answered(who, lambda: _look(_spec_of(packed), _plan_of(packed), who))
 
 
 def _look(spec: Spec, plan: Plan, who: str) -> Answer:
@@ -87,7 +89,8 @@ def _look(spec: Spec, plan: Plan, who: str) -> Answer:
         found = difference(view(plan), heading["view"], me=who, them=heading["who"])
         if found is not None:
             raise MismatchError(f"{found}; every node has to see the same files")
-        _try_to_write(place.folder)
+        with errors_of_ours(place.folder):
+            _try_to_write(place)
     return {}
 
 
@@ -104,45 +107,35 @@ def _await_driver(place: Place, who: str) -> None:
         time.sleep(pause)
 
 
-def _try_to_write(folder: Path) -> None:
-    name = f".pma-probe-{secrets.token_hex(8)}"
-    if isinstance(folder, RemotePath):
-        folder.store.send_bytes(b"probe", (folder / name).place)
-        folder.store.remove((folder / name).place)
+def _try_to_write(place: Place) -> None:
+    # named as journals are, which whoever finishes or goes on removes, should this process end amid it
+    probe = place.folder / part_journal(place.token, f"probe-{secrets.token_hex(8)}")
+    if isinstance(probe, RemotePath):
+        probe.store.send_bytes(b"probe", probe.place)
+        probe.store.remove(probe.place)
         return
-    os.close(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
-    os.unlink(folder / name)
+    os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+    os.unlink(probe)
 
 
 def carry_out_part(packed: bytes, part: Part, name: str, who: str) -> Answer:
     """Carry out a part, under a name that no other attempt at it has."""
-    return _answered(who, lambda: _carry_out(packed, part, name, who))
+    return answered(who, lambda: _carry_out(packed, part, name, who))
 
 
 def _carry_out(packed: bytes, part: Part, name: str, who: str) -> Answer:
-    spec, plan = _plan_of(packed)
-    made = carry_out(
-        plan,
-        part,
-        spec.out,
-        spec.token,
-        name=name,
-        who=who,
-        silent_seconds=spec.silent_seconds,
-        save_seconds=spec.save_seconds,
-        staging=spec.staging,
-        sha256=spec.sha256,
-    )
+    spec = _spec_of(packed)
+    with errors_of_ours(spec.out):
+        made = carry_out(
+            lambda: _plan_of(packed),
+            part,
+            spec.out,
+            spec.token,
+            name=name,
+            who=who,
+            silent_seconds=spec.silent_seconds,
+            save_seconds=spec.save_seconds,
+            staging=spec.staging,
+            sha256=spec.sha256,
+        )
     return {"chunks": len(made)}
-
-
-def _answered(who: str, work: Callable[[], Answer]) -> Answer:
-    """What it gives, or failed with, as plain values: an error need not survive a journey as it is."""
-    try:
-        return work()
-    except KeyboardInterrupt:
-        return told_of(Interrupted(f"{who}: called off"))
-    except OSError as error:
-        return told_of(said_by(who, of_ours(error, Path(str(error.filename)))))
-    except PmaError as error:
-        return told_of(said_by(who, error))

@@ -11,19 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from pma.cluster import Cluster, Lost, Node, NodeProgress
-from pma.engine.on_ray.roster import Roster
-from pma.engine.together.words import failure_in, said_by, told_of
+from pma.engine.on_ray.answers import Answer
+from pma.engine.on_ray.roster import BEGIN_SECONDS, TRIES, Roster
+from pma.engine.together.words import failure_in
 from pma.errors import Interrupted, MismatchError, PmaError, StorageError, UsageError
 
 _LOOK_SECONDS = 0.25
 _SHOW_SECONDS = 1.0
-_TELL_SECONDS = 10.0
-# an item is tried so often where its node lives on
-_TRIES = 4
-# a process that did not begin by then waits for cores that others use: another node may have some
-_BEGIN_SECONDS = 15.0
 
-Answer = dict[str, Any]
 Item = TypeVar("Item")
 Item_contra = TypeVar("Item_contra", contravariant=True)
 Job = Sequence[Item]
@@ -89,7 +84,7 @@ class _Worker(Generic[Item]):
     @property
     def waits(self) -> bool:
         """For cores that others use."""
-        return not self.alive and time.monotonic() - self.begun_at > _BEGIN_SECONDS
+        return not self.alive and time.monotonic() - self.begun_at > BEGIN_SECONDS
 
 
 class Workers(Generic[Item]):
@@ -113,19 +108,18 @@ class Workers(Generic[Item]):
         self._left: deque[deque[Item]] = deque()
         self._workers: list[_Worker[Item]] = []
         self._failures: Counter[str] = Counter()
-        self._shown_at = self._told_at = 0.0
+        self._shown_at = 0.0
 
     def carry_out(self, jobs: Sequence[Job[Item]], owner: Owner[Item]) -> None:
         """Return when all is done. Raises what cannot be mended, after which only `end` is left."""
         self._left.extend(deque(job) for job in jobs if job)
-        self._told_at = time.monotonic()
         self._roster.resume()
         while self._left or any(worker.job for worker in self._workers):
             self._look_at_nodes(owner)
             self._begin_workers(owner)
             self._give_out(owner)
             first = [worker.asked[0][0] for worker in self._workers if worker.asked]
-            ended = self._cluster.ended([*first, *self._roster.looks], _LOOK_SECONDS)
+            ended = self._cluster.ended([*first, *self._roster.awaited], _LOOK_SECONDS)
             self._hear(ended, owner)
             self._roster.hear(ended)
             self._show_all()
@@ -168,10 +162,8 @@ class Workers(Generic[Item]):
             worker.asked.append((self._cluster.ask(made, "alive"), None))
             self._workers.append(worker)
             self._roster.of(node)
-        all_wait = bool(self._workers) and all(worker.waits for worker in self._workers)
-        if all_wait and time.monotonic() - self._told_at > _TELL_SECONDS:
-            self._told_at = time.monotonic()
-            self._tell("waiting for cores: the Ray cluster is busy with something else (`ray status`)")
+        if self._workers and all(worker.waits for worker in self._workers):
+            self._roster.tell_of_waiting()
 
     def _give_out(self, owner: Owner[Item]) -> None:
         for worker in self._workers:
@@ -232,16 +224,16 @@ class Workers(Generic[Item]):
             return
         name = owner.name(worker.job[0])
         self._failures[name] += counts
-        if self._failures[name] >= _TRIES:
-            raise StorageError(f"{name} failed {_TRIES} times, at last on {worker.node.name}: {why}")
+        if self._failures[name] >= TRIES:
+            raise StorageError(f"{name} failed {TRIES} times, at last on {worker.node.name}: {why}")
         self._tell(f"{worker.node.name}: {name} is given to a node again: {why}")
         self._left.appendleft(worker.job)
 
     def _judge_beginning(self, worker: _Worker[Item], why: str, owner: Owner[Item], *, counts: bool) -> None:
         key = worker.node.key
         self._failures[key] += counts and not worker.alive
-        if self._failures[key] >= _TRIES and worker.node in self._roster.usable:
-            error = StorageError(f"{worker.node.name} could not begin, {_TRIES} times: {why}")
+        if self._failures[key] >= TRIES and worker.node in self._roster.usable:
+            error = StorageError(f"{worker.node.name} could not begin, {TRIES} times: {why}")
             self._leave_out(worker.node, error, owner)
 
     # ---- what is shown ----
@@ -252,18 +244,3 @@ class Workers(Generic[Item]):
             return
         self._shown_at = time_now
         self._show(self._roster.shown(Counter(worker.node.key for worker in self._workers if worker.job)))
-
-
-def answered(who: str, work: Callable[[], Answer]) -> Answer:
-    """On a node: what it gives, or failed with, as plain values: an error need not survive a journey as it
-    is. What is wrong with the input is told as one process would, what is wrong with a node with its name.
-    """
-    try:
-        return work()
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return told_of(StorageError(f"{who}: {where}{error.strerror or error}"))
-    except StorageError as error:
-        return told_of(said_by(who, error))
-    except PmaError as error:
-        return told_of(error)

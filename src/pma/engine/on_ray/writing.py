@@ -17,9 +17,10 @@ from pma.engine.stopping import StopFlag
 from pma.engine.together.driver import check_all_there
 from pma.engine.together.hands import remove_left_over
 from pma.engine.together.in_store import refuse_in_store, remove_words
+from pma.engine.together.part import Beating
 from pma.engine.together.places import is_made, marker_at
 from pma.engine.together.to_store import begun_as, store_begun
-from pma.engine.together.writing import Beating, commit
+from pma.engine.together.writing import commit
 from pma.remote import RemotePath
 
 
@@ -76,7 +77,7 @@ def _led(plan: Plan, out: Path, cluster: Cluster, on: OnRay, how: How) -> dict[s
 
 def _commit(building: Building, how: How, save_seconds: float) -> None:
     sha256, hash_sources = how.get("sha256", False), how.get("hash_sources", False)
-    with kept_up([Beating(building)], StopFlag(), save_seconds):  # to hash all again may take long
+    with kept_up([Beating(building.show_life)], StopFlag(), save_seconds):  # to hash all again may take long
         commit(building, sha256=sha256, hash_sources=hash_sources)
 
 

@@ -64,6 +64,7 @@ class Driver:
         self._workers: list[_Worker] = []
         self._journal: Words | None = None
         self._told = False
+        self._called_off: list[str] = []
 
     def meet(self, building: Held) -> None:
         """Begin to speak in the folder of `building`, and wait until every process said that it sees the same
@@ -111,6 +112,12 @@ class Driver:
                 worker.changed_at = now
         assert self._journal is not None
         self._journal.say(parts=[[[r.start, r.stop] for r in part.ranges] for part in parts])
+
+    def call_off(self, name: str) -> None:
+        """Tell the process of that name, which may be at it still, that its part is another's now."""
+        assert self._journal is not None
+        self._called_off.append(name)
+        self._journal.say(called_off=self._called_off)
 
     def save(self) -> None:
         """Hear what the others did. Raises what one of them failed with, and Interrupted where one shows no

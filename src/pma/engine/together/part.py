@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 
 from pma.engine import provenance
@@ -52,6 +52,11 @@ class Place:
         look_anew(self.folder)
         self._driver.news()
         return self._driver
+
+    def check_called_off(self, name: str) -> None:
+        """Raises Interrupted where the driver, as it was last heard, told us, called `name`, to stop."""
+        if name in self._driver.said.get("called_off", ()):
+            raise Interrupted("called off: no sign of life was seen for long, and another makes this part")
 
     def check_words(self) -> None:
         """Raises Interrupted where the driver said that it failed."""
@@ -106,16 +111,27 @@ class Place:
         self._driver.close()
 
 
+class Beating:
+    """Shows that a process lives while it saves nothing."""
+
+    def __init__(self, beat: Callable[[], None]) -> None:
+        self.save = beat
+
+
 class Working:
-    """A process's own journal and hand on the files at a place, from `__init__` to `close`.
+    """A process's own journal and hand on the files at a place, from `__init__` to `close`; `take` a plan
+    before anything else.
 
     Raises UsageError where another process has that name already.
     """
 
-    def __init__(self, plan: Plan, place: Place, name: str, who: str) -> None:
-        self.plan, self._place, self._name, self._who = plan, place, name, who
+    plan: Plan
+
+    def __init__(self, place: Place, name: str, who: str) -> None:
+        self._place, self._name, self._who = place, name, who
         try:
             self._journal = speak(place.folder, part_journal(place.token, name))
+            self._journal.beat()  # in a store it is there with its first words only
         except FileExistsError:
             raise UsageError(
                 f"{who}: another process is {name} of the merge to {place.out}; is it started twice?"
@@ -126,7 +142,12 @@ class Working:
         self._called_off = StopFlag()
         self._read = 0
         self._output = Output(part=None)
-        self._journal.start({"plan": provenance.heading(plan), "who": who, "process": this_process()})
+
+    def take(self, plan: Plan) -> None:
+        """Say what we are to make."""
+        self.plan = plan
+        told = {"who": self._who, "process": this_process()}
+        self._journal.start({"plan": provenance.heading(plan), **told})
 
     def agree(self) -> None:
         """Check that this process plans as the driver does, and tell it. Raises MismatchError."""
@@ -151,7 +172,8 @@ class Working:
         where `called_off` was set meanwhile. `sha256`: of each file that is sent to a store, too.
         """
         done = self._done_before()
-        self._hand = self._hand_for(part, staging, sha256=sha256)
+        with self.beating(save_seconds):  # where a killed process left much, that is removed first
+            self._hand = self._hand_for(part, staging, sha256=sha256)
         output = self._output = Output(part=self._hand, digests=dict(done))
         stop, self._called_off = StopFlag(), called_off or self._called_off
 
@@ -169,7 +191,8 @@ class Working:
                 break
             time.sleep(pause)
             self.save()
-        provenance.check_unchanged(self.plan)
+        with self.beating(save_seconds):
+            provenance.check_unchanged(self.plan)
         self._journal.say(done=True)
         return {chunk: digest for chunk, digest in output.digests.items() if chunk not in done}
 
@@ -182,9 +205,14 @@ class Working:
         place = self._place
         # what is opened, or sent, while the lease is the driver's is the driver's too, whatever comes after
         if not isinstance(place.out, RemotePath):
-            return FolderHand(place.folder, place.check)
+            return FolderHand(place.folder, self._check)
         local = local_folder(place.out, f"{place.token[:_TOKEN_CHARACTERS]}-{self._name}", staging)
-        return SendingHand(self.plan, part, place.out, local, place.check, sha256=sha256)
+        return SendingHand(self.plan, part, place.out, local, self._check, sha256=sha256)
+
+    def _check(self) -> None:
+        """Raises Interrupted where this part, or the merge, does not go on here."""
+        self._place.check()
+        self._place.check_called_off(self._name)
 
     @property
     def sent(self) -> Mapping[str, Arrived]:
@@ -195,13 +223,17 @@ class Working:
         """Let the driver see that we live."""
         self._journal.beat()
 
+    def beating(self, seconds: float) -> AbstractContextManager[None]:
+        """In the block, which may take long and saves nothing, show that we live."""
+        return kept_up([Beating(self.show_life)], StopFlag(), seconds)
+
     def save(self) -> None:
         """See to it that what is written is safe, then say so in the journal; show that we live, and see that
         all goes on.
         """
         if self._called_off.is_set():
             raise Interrupted("called off")
-        self._place.check()
+        self._check()
         self.show_life()
         new, read = self._output.taken(), self._read
         if self._hand is not None and (safe := self._hand.settle(new)):
@@ -211,7 +243,7 @@ class Working:
     def failed(self, error: BaseException) -> BaseException:
         """Tell the driver; returns what to raise: where the merge was called off before, that."""
         try:
-            self._place.check()
+            self._check()
         except PmaError as called_off:
             if not isinstance(error, (UsageError, MismatchError)):
                 return called_off
@@ -228,7 +260,7 @@ class Working:
 
 
 def carry_out(
-    plan: Plan,
+    make_plan: Callable[[], Plan],
     part: Part,
     out: Path,
     token: str,
@@ -244,11 +276,17 @@ def carry_out(
     """Carry out one part of a merge whose driver holds the lease with `token`, in any process that sees its
     folder; returns the chunks that were made and journaled.
 
-    `name`: of this attempt at the part, and of no other, also where a part is tried again. Raises
-    MismatchError where this process plans another merge, Interrupted where the driver is gone.
+    `make_plan` gives the plan; that we began is seen before. `name`: of this attempt at the part, and of no
+    other, also where a part is tried again. Raises MismatchError where this process plans another merge,
+    Interrupted where the driver is gone.
     """
-    with closing(Place(out, token, silent_seconds=silent_seconds)) as place:
-        working = Working(plan, place, name, who)
+    with (
+        closing(Place(out, token, silent_seconds=silent_seconds)) as place,
+        closing(Working(place, name, who)) as working,
+    ):
+        with working.beating(save_seconds):
+            plan = make_plan()
+        working.take(plan)
         try:
             working.agree()
             return working.carry_out(
@@ -256,5 +294,3 @@ def carry_out(
             )
         except BaseException as error:
             raise working.failed(error) from error
-        finally:
-            working.close()

@@ -63,7 +63,8 @@ def led_to_store(plan: Plan, out: RemotePath, crew: Crew, how: How) -> dict[str,
         driver.hand_out(parts)
         place = Place(out, held.token, silent_seconds=crew.silent_seconds)
         with kept_up([held, driver], waiting, save_seconds), closing(place):
-            with closing(Working(plan, place, "0", crew.name)) as working:
+            with closing(Working(place, "0", crew.name)) as working:
+                working.take(plan)
                 made = working.carry_out(
                     parts[0],
                     progress=count.add,

@@ -17,10 +17,10 @@ from pma.engine.plan import Plan
 from pma.engine.stopping import StopFlag
 from pma.engine.stream import stream
 from pma.engine.together.crew import Crew
-from pma.engine.together.driver import Driver, Held, check_all_there
+from pma.engine.together.driver import Driver, check_all_there
 from pma.engine.together.hands import remove_left_over
 from pma.engine.together.in_store import refuse_in_store, remove_words
-from pma.engine.together.part import Place, Working, pauses
+from pma.engine.together.part import Beating, Place, Working, pauses
 from pma.engine.together.places import driver_at, is_made, meeting_folder
 from pma.engine.together.to_store import begun_as, led_to_store
 from pma.engine.together.words import said_by
@@ -88,7 +88,7 @@ def _led(plan: Plan, out: Path, crew: Crew, started: float, how: How) -> Merge:
             driver.await_parts(waiting)
         durable = time.monotonic() - streaming
         sha256, hash_sources = how.get("sha256", False), how.get("hash_sources", False)
-        with kept_up([Beating(building)], waiting, save_seconds):  # to hash all again may take long
+        with kept_up([Beating(building.show_life)], waiting, save_seconds):  # to hash all again may take long
             commit(building, sha256=sha256, hash_sources=hash_sources)
     written = plan.bytes_to_write - resumed
     return _merge(
@@ -100,16 +100,6 @@ def commit(building: Building, *, sha256: bool = False, hash_sources: bool = Fal
     """The last step: every chunk is there, by whomever it was made; the folder gets its name."""
     check_all_there(building.output.digests, building.plan, building.out)
     return building.finish(sha256=sha256, hash_sources=hash_sources)
-
-
-class Beating:
-    """Shows that the driver lives while it does nothing else."""
-
-    def __init__(self, held: Held) -> None:
-        self._held = held
-
-    def save(self) -> None:
-        self._held.show_life()
 
 
 def _refuse_as_rank_0_does(plan: Plan, out: Path, crew: Crew, how: How) -> None:
@@ -196,8 +186,9 @@ def _met(
     place = Place(out, token, silent_seconds=crew.silent_seconds)
     if isinstance(out, RemotePath):
         plan = plan.resharded(driver.heading["files"])
-    working = Working(plan, place, str(crew.rank), crew.name)
+    working = Working(place, str(crew.rank), crew.name)
     try:
+        working.take(plan)
         working.agree()
         for pause in pauses():
             parts = place.driver().said.get("parts")

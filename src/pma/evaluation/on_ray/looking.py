@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pma.engine import Plan
 from pma.engine.on_ray import recipes
-from pma.engine.on_ray.workers import Answer, answered
+from pma.engine.on_ray.answers import Answer, answered
 from pma.errors import UsageError
 
 

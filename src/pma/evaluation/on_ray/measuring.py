@@ -11,7 +11,7 @@ from typing import Any, Self
 from pma import engine
 from pma.cluster import Cluster, Node, NodeProgress, OnRay, connected
 from pma.engine import Plan
-from pma.engine.on_ray.checking import check_all
+from pma.engine.on_ray.checking import ALL, check_all
 from pma.engine.on_ray.recipes import recipe
 from pma.engine.on_ray.roster import Roster
 from pma.engine.on_ray.workers import Job, Room, Workers
@@ -23,12 +23,33 @@ from pma.evaluation.on_ray import looking
 from pma.evaluation.on_ray.models import Batch, Item, Models
 
 
+class OneKind:
+    """Of a cluster's nodes those with GPUs, where any had one when they were seen first, else those without:
+    results of GPUs and of processors differ in their last digits, so whatever comes or goes, it stays so.
+    """
+
+    def __init__(self) -> None:
+        self._gpus: bool | None = None
+
+    @property
+    def kind(self) -> str:
+        if self._gpus is None:
+            return ALL.kind
+        return "with GPUs" if self._gpus else "without GPUs"
+
+    def __call__(self, nodes: Sequence[Node]) -> Sequence[Node]:
+        if self._gpus is None and nodes:
+            self._gpus = any(node.gpus >= 1 for node in nodes)
+        return [node for node in nodes if (node.gpus >= 1) == self._gpus]
+
+
 class OnNodes:
     """What measures models on a Ray cluster, for the block: a `Measuring`.
 
-    One process for each GPU, or where no node has any for each `threads` cores, at most `most_per_node` on a
-    node, makes batches of models, as many as `--memory` holds, from one pass over their checkpoints. The
-    cluster is connected to when there is something to measure; the processes stay for what else comes.
+    One process for each GPU, or where no node had any at first for each `threads` cores, at most
+    `most_per_node` on a node, makes batches of models, as many as `--memory` holds, from one pass over their
+    checkpoints. The cluster is connected to when there is something to measure; the processes stay for what
+    else comes.
 
     `show` hears how each node does, its parts being models, `tell` a line of what is unusual. Raises
     UsageError or StorageError for a cluster that cannot be used, MismatchError where a node sees other
@@ -51,6 +72,7 @@ class OnNodes:
         self._workers: Workers[Item] | None = None
         self._looked_at: set[str] = set()
         self._kept: dict[object, Any] = {}
+        self.used = OneKind()
 
     def __enter__(self) -> Self:
         return self
@@ -101,10 +123,6 @@ class OnNodes:
             cuts = [len(numbers) * i // count for i in range(count + 1)]
             batches += [numbers[a:b] for a, b in pairwise(cuts)]
         return batches
-
-    def used(self, nodes: Sequence[Node]) -> Sequence[Node]:
-        """Those with GPUs, where any has: results of GPUs and of processors differ in their last digits."""
-        return [node for node in nodes if node.gpus >= 1] or nodes
 
     def room(self, node: Node) -> Room:
         """A process for each GPU, or for each `threads` cores."""

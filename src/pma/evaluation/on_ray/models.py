@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from pma.cluster import kept
 from pma.engine import Plan
 from pma.engine.memory import average_all
+from pma.engine.on_ray.answers import Answer, answered
 from pma.engine.on_ray.recipes import Recipe, again, opened
-from pma.engine.on_ray.workers import Answer, answered
 from pma.engine.provenance import check_unchanged
 from pma.engine.work import shared_work
 from pma.evaluation.making import default_load
