@@ -237,10 +237,10 @@ def test_a_stale_view_leaves_what_was_sent_before(
     run: list[Path], memory: Any, sending: Callable[[Callable[[str], None]], None], fresh: bool
 ) -> None:
     sending(fail)
-    together(run, 3)
+    together(run, 5)  # re-sharded
     sending(lambda place: None)
     before = there(memory)
-    done = together(run, 6, paths_of={1: run[:2]}, fresh=fresh, join_seconds=20)
+    done = together(run, 2, paths_of={1: run[:2]}, fresh=fresh)
     assert isinstance(done[0], MismatchError), done
     assert "% of" not in str(done[0])
     after = there(memory)
