@@ -20,9 +20,9 @@ from pma import engine, formats, trajectory
 from pma.engine import Crew, MergeOptions
 from pma.engine.compute import BlockWorker
 from pma.engine.journal import Followed, StoreJournal
-from pma.engine.lease import this_process
+from pma.engine.lease import LEASE_FILE, this_process
 from pma.engine.provenance import heading
-from pma.engine.together import in_store
+from pma.engine.together import hands, in_store
 from pma.engine.together.places import look_anew
 from pma.errors import Interrupted, MismatchError, NonfiniteError, StorageError, UsageError
 from pma.formats.contracts import UNFINISHED_FILE
@@ -385,6 +385,20 @@ def test_another_view_of_what_was_begun_is_told_to_all(
     sending(lambda place: None)
     done = together(run, 2, paths_of={1: run[:2]}, join_seconds=2)
     assert all(isinstance(one, MismatchError) for one in done), done
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_who_was_killed_before_it_took_its_lease_leaves_nothing(
+    run: list[Path], memory: Any, size: int
+) -> None:
+    left = hands.local_folder(location(URL), "ab12-1", staging(run))
+    left.mkdir(parents=True)
+    (left / f"{LEASE_FILE}.ab12").touch()
+    if size == 1:
+        alone(run, location(URL))
+    else:
+        together(run, size)
+    assert is_finished(run, memory)
 
 
 def test_another_view_or_a_bad_value_leaves_nothing(run: list[Path], memory: Any) -> None:

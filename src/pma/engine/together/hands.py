@@ -25,7 +25,7 @@ from pma.formats.contracts import PartWriter
 from pma.formats.folder_writer import FolderPart, FolderWriter
 from pma.remote import RemotePath
 
-# a folder that is empty for so long is of one who was killed before it took its lease
+# a folder that is without a lease for so long is of one who was killed before it took it
 _BEGUN_SECONDS = 60.0
 _TRIES = 10
 # files that are sent at once; the driver sends parts of a large one at once, too
@@ -168,7 +168,7 @@ def _make(local: Path) -> None:
 
 
 def remove_left_over(out: RemotePath, staging: Path | None) -> None:
-    """Remove what processes that were killed left of the same output, on this machine."""
+    """The output is there: remove what processes that were killed left of it, on this machine."""
     folder = _parts_folder(out, staging)
     with suppress(FileNotFoundError):
         _remove_left_over(folder, out)
@@ -185,5 +185,5 @@ def _remove_left_over(parts: Path, out: RemotePath, *, mine: Path | None = None)
                 lease = Lease(folder, out)
                 shutil.rmtree(folder, ignore_errors=True)
                 lease.release()
-            elif time.time() - folder.stat().st_mtime > _BEGUN_SECONDS:
-                folder.rmdir()
+            elif mine is None or time.time() - folder.stat().st_mtime > _BEGUN_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
