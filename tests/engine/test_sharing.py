@@ -188,9 +188,13 @@ def failed(error: BaseException) -> dict[str, Any]:
     return told_of(error)
 
 
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return tiny_run(tmp_path_factory.mktemp("run"), steps=3, shapes=SHAPES, dtype="bf16")
+
+
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    paths = tiny_run(tmp_path / "run", steps=3, shapes=SHAPES, dtype="bf16")
+def world(tmp_path: Path, paths: list[Path]) -> Iterator[World]:
     with engine.plan(trajectory.from_checkpoints(paths).points) as plan:
         assert [plan.blocks.chunk_of(n) for n in range(9)] == [block.chunk for block in plan.blocks]
         folder = tmp_path / "hidden"
@@ -450,9 +454,9 @@ def test_where_all_nodes_are_left_out_it_ends_at_once(world: World) -> None:
     assert world.now < 2
 
 
-def test_a_source_that_changed_for_all_is_an_error(world: World) -> None:
-    path = next((world.folder.parent / "run").rglob("*.safetensors"))
-    path.write_bytes(path.read_bytes())
+def test_a_source_that_changed_for_all_is_an_error(world: World, paths: list[Path]) -> None:
+    path = next(paths[0].rglob("*.safetensors"))
+    path.touch()
     world.behave = answers(failed(MismatchError("it changed")))
     with pytest.raises(MismatchError, match=path.name):
         share(world)
