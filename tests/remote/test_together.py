@@ -283,58 +283,37 @@ def test_more_processes_than_there_is_to_cut(run: list[Path], memory: Any) -> No
     assert is_finished(run, memory)
 
 
-def test_a_second_driver_is_refused_while_the_first_goes_on(
-    run: list[Path], memory: Any, sending: Callable[[Callable[[str], None]], None]
-) -> None:
-    refused: list[Outcome] = []
+def amid(sending: Callable[[Callable[[str], None]], None], *launches: Callable[[], Outcome]) -> list[Outcome]:
+    """What the launches end with that are made, once, as the first file is sent."""
+    begun, ended = Event(), list[Outcome]()
 
     def before(place: str) -> None:
-        if not refused and "00001-of" in place:
-            refused.append(UsageError("only once"))
-            refused.extend(together(run, 2, ranks=[0]))
+        if "00001-of" in place and not begun.is_set():
+            begun.set()
+            ended.extend(launch() for launch in launches)
 
     sending(before)
-    done = together(run, 2)
-    assert "is being written by process" in str(refused[-1])
-    assert all(isinstance(one, engine.Merge) for one in done), done
-    assert is_finished(run, memory)
+    return ended
 
 
-def test_one_process_is_refused_while_several_go_on(
-    run: list[Path], memory: Any, sending: Callable[[Callable[[str], None]], None], tmp_path: Path
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_second_launch_is_refused_while_the_first_goes_on(
+    run: list[Path],
+    memory: Any,
+    sending: Callable[[Callable[[str], None]], None],
+    tmp_path: Path,
+    size: int,
 ) -> None:
-    refused: list[str] = []
+    def one_process() -> Outcome:
+        try:
+            return alone(run, location(URL), staging=tmp_path / "other")
+        except UsageError as error:
+            return error
 
-    def before(place: str) -> None:
-        if not refused and "00001-of" in place:
-            refused.append("only once")
-            with pytest.raises(UsageError) as caught:
-                alone(run, location(URL), staging=tmp_path / "other")
-            refused.append(str(caught.value))
-
-    sending(before)
-    done = together(run, 2)
-    assert "is being written by process" in refused[-1]
-    assert all(isinstance(one, engine.Merge) for one in done), done
-    assert is_finished(run, memory)
-
-
-def test_several_and_another_are_refused_while_one_sends(
-    run: list[Path], memory: Any, sending: Callable[[Callable[[str], None]], None], tmp_path: Path
-) -> None:
-    refused: list[str] = []
-
-    def before(place: str) -> None:
-        if not refused and "00001-of" in place:
-            refused.append("only once")
-            refused.extend(str(one) for one in together(run, 2, ranks=[0]))
-            with pytest.raises(UsageError) as caught:
-                alone(run, location(URL), staging=tmp_path / "other")
-            refused.append(str(caught.value))
-
-    sending(before)
-    alone(run, location(URL), save_seconds=0.05)
-    assert ["is being written by process" in text for text in refused] == [False, True, True]
+    ended = amid(sending, lambda: together(run, 2, ranks=[0])[0], one_process)
+    first = [alone(run, location(URL), save_seconds=0.05)] if size == 1 else together(run, size)
+    assert all(isinstance(one, engine.Merge) for one in first), first
+    assert ["is being written by process" in str(one) for one in ended] == [True, True], ended
     assert is_finished(run, memory)
 
 
